@@ -1,0 +1,57 @@
+# make quickstart | test | lint | figures | clean; `make help` says what each does.
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
+PINS := pyproject.toml constraints.txt
+# Tests are many small models: one thread each and a few processes are faster than many threads.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
+.PHONY: help quickstart test lint figures clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make quickstart   the main job end to end on this machine: no account, no model hub, no GPU"
+	@echo "make test         the test suite"
+	@echo "make lint         ruff and mypy"
+	@echo "make figures      every table and figure again from results/"
+	@echo "make clean        remove $(VENV), caches and build outputs; results/ stays"
+	@echo
+	@echo "PYTHON=python3.12 chooses the interpreter that makes $(VENV)."
+
+quickstart: $(VENV)/.quickstart
+	$(BIN)/bench sweep sweeps/quickstart.yaml
+
+test: $(VENV)/.dev
+	$(PYTEST) $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+figures: $(VENV)/.quickstart
+	$(BIN)/python -m analysis
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "error: $(PYTHON) is '$$($(PYTHON) --version 2>&1)'; Python 3.11, 3.12 or 3.13 is needed." \
+	       "Name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); \
+	  echo "error: $(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.quickstart: $(VENV)/.made $(PINS)
+	@echo "installing pinned packages into $(VENV); the first time takes minutes"
+	@$(PIP) install --constraint constraints.txt --editable '.[quickstart]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.made $(PINS)
+	@echo "installing pinned packages into $(VENV); the first time takes minutes"
+	@$(PIP) install --constraint constraints.txt --editable '.[quickstart,dev]'
+	@touch $@ $(VENV)/.quickstart

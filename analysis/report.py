@@ -1,0 +1,74 @@
+"""Regenerate what a study shows, from its results alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from analysis.cells import cells
+from analysis.figures import write_figures
+from analysis.frames import read_study
+from analysis.predictions import Predictions
+from analysis.style import FORMATS
+from analysis.tables import write_tables
+from bench.errors import BenchError, suggest
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was made of a study.
+
+    Attributes
+    ----------
+    study
+        Its name.
+    paths
+        Every file that was written, tables first.
+    counts
+        Status -> number of runs.
+    problems
+        One line for each file that was left out.
+    """
+
+    study: str
+    paths: list[Path]
+    counts: dict[str, int]
+    problems: list[str]
+
+
+def studies(results_root: Path) -> list[str]:
+    """Name the studies below a results folder."""
+    return sorted(folder.parent.name for folder in results_root.glob("*/runs") if folder.is_dir())
+
+
+def regenerate(results_root: Path, study: str, formats: Sequence[str] = FORMATS) -> Report:
+    """Write ``tables/`` and ``figures/`` of a study from its ``runs/`` and ``predictions/``.
+
+    Parameters
+    ----------
+    results_root
+        The results folder.
+    study
+        Name of the study, a folder in it.
+    formats
+        Of the figures: some of ``"png"``, ``"svg"`` and ``"pdf"``.
+
+    Raises
+    ------
+    BenchError
+        If there is no such study, or it has no run that can be read.
+    """
+    known = studies(results_root)
+    if study not in known:
+        listed = f" Known: {', '.join(known)}." if known else " There are no studies in it."
+        raise BenchError(f"no study '{study}' in {results_root}.{suggest(study, known)}{listed}")
+    read = read_study(results_root / study)
+    if read.frame.empty:
+        why = "".join(f"\n  {problem}" for problem in read.problems)
+        raise BenchError(f"study '{study}' has no run that can be read in {read.folder / 'runs'}.{why}")
+    predictions = Predictions(read.folder)
+    table = cells(read, predictions)
+    paths = [*write_tables(read, table, predictions), *write_figures(read, table, formats)]
+    counts = read.frame["status"].value_counts().sort_index()
+    return Report(study, paths, {str(status): int(n) for status, n in counts.items()}, read.problems)

@@ -1,0 +1,1 @@
+"""Checkpoints: their shapes, where they are, where their FFNs sit."""

@@ -1,0 +1,151 @@
+"""Task models: a backbone with the head of a task, called the same way in both families."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass
+class TaskOutput:
+    """What a task model returns.
+
+    Attributes
+    ----------
+    logits
+        Classification (batch, classes); regression (batch, 1); span QA (batch, n, 2), start and end; text-to-text
+        QA (batch, target length, vocabulary).
+    encoder_hidden
+        Output of every encoder layer, bottom first, each (batch, n, d); the last is the encoder's output after any
+        final norm. Empty unless asked for.
+    decoder_hidden
+        Last decoder hidden state, (batch, target length, d); ``None`` for an encoder or unless asked for.
+    """
+
+    logits: Tensor
+    encoder_hidden: tuple[Tensor, ...] = ()
+    decoder_hidden: Tensor | None = None
+
+
+class TaskModel(nn.Module):
+    """Base of the task models.
+
+    Parameters
+    ----------
+    model
+        The transformers model with its head.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    @property
+    def config(self) -> Any:
+        """The transformers config of the backbone."""
+        return self.model.config
+
+
+class EncoderTaskModel(TaskModel):
+    """BERT with a classification, regression or span head."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        hidden: bool = False,
+    ) -> TaskOutput:
+        """Run the model; ``hidden`` also returns the hidden states."""
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            output_hidden_states=hidden,
+        )
+        logits = out.logits if "logits" in out else torch.stack((out.start_logits, out.end_logits), dim=-1)
+        return TaskOutput(logits, tuple(out.hidden_states[1:]) if hidden else ())
+
+
+class TextToTextModel(TaskModel):
+    """T5; a class is a word that the decoder puts in place of ``<extra_id_0>``.
+
+    Parameters
+    ----------
+    model
+        A ``T5ForConditionalGeneration``.
+    sentinel
+        Token id of ``<extra_id_0>``.
+    label_ids
+        Token id of each label word; empty for QA, which decodes freely.
+    label_values
+        For regression, the number that each label word stands for; the prediction is the expected value.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sentinel: int,
+        label_ids: list[int],
+        label_values: list[float] | None = None,
+    ) -> None:
+        super().__init__(model)
+        self.sentinel = sentinel
+        self.register_buffer("label_ids", torch.tensor(label_ids, dtype=torch.long), persistent=False)
+        values = torch.tensor(label_values) if label_values else None
+        self.register_buffer("label_values", values, persistent=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        hidden: bool = False,
+    ) -> TaskOutput:
+        """Run the model; without ``decoder_input_ids`` the decoder reads start and sentinel, and the label follows."""
+        cloze = decoder_input_ids is None
+        if decoder_input_ids is None:
+            start = torch.tensor([[self.config.decoder_start_token_id, self.sentinel]], device=input_ids.device)
+            decoder_input_ids = start.expand(input_ids.shape[0], 2)
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            output_hidden_states=hidden,
+            use_cache=False,
+        )
+        logits = out.logits
+        if cloze:
+            logits = logits[:, 1].index_select(-1, self.label_ids)
+            if self.label_values is not None:
+                logits = (logits.softmax(-1) * self.label_values).sum(-1, keepdim=True)
+        if not hidden:
+            return TaskOutput(logits)
+        encoder = (*out.encoder_hidden_states[1:-1], out.encoder_last_hidden_state)
+        return TaskOutput(logits, encoder, out.decoder_hidden_states[-1])
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 32) -> Tensor:
+        """Decode greedily; (batch, length) token ids."""
+        tokens: Tensor = self.model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+        )
+        return tokens
+
+
+def share_weights(model: Module) -> Module:
+    """Return a structural copy of ``model`` that holds the very same parameter and buffer tensors.
+
+    A plugin attached to the copy leaves the original dense, at no memory.
+    """
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)

@@ -1,0 +1,234 @@
+"""The ``bench`` command: parse, call, print. Nothing here imports torch before a run needs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bench import __version__
+from bench.errors import BenchError, suggest
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+MODES = ("missing", "retry-failed", "force", "read-only")
+
+
+class _Group(click.Group):
+    """Names the nearest command, and turns the suite's errors into one line and exit code 2."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            raise click.UsageError(f"{error.message}{suggest(args[0], self.list_commands(ctx))}", ctx) from None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BenchError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            click.echo("stopped; what was finished is stored, and the same command goes on from there", err=True)
+            sys.exit(130)
+
+
+class _RunCommand(click.Command):
+    """A command whose options include every key of a run, shown by who reads them."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record:
+                sections.setdefault(getattr(parameter, "section", "Options"), []).append(record)
+        for title, records in sorted(sections.items(), key=lambda item: item[0] != "Options"):
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+class _Key(click.Option):
+    """An option made from a key; W&B passes keys with underscores, people write dashes."""
+
+    def __init__(self, name: str, section: str, default: object, text: str) -> None:
+        shown = "" if default is None else f"  [default: {default}]"
+        flags = dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"])
+        super().__init__([*flags, name], type=str, default=None, help=f"{text}{shown}", metavar="VALUE")
+        self.section = section
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        """Show the dashed spelling alone."""
+        return f"--{str(self.name).replace('_', '-')} VALUE", self.help or ""
+
+
+def _with_keys(command: Callable[..., Any]) -> click.Command:
+    """Turn a function into a command that takes every key of a run as ``keys``."""
+    from bench.describe import keys
+
+    options: dict[str, _Key] = {}
+    for name, owner, default, text in keys():
+        section = "Run" if owner == "run" else f"Options of {owner}"
+        options.setdefault(name, _Key(name, section, default, text))
+
+    def call(**given: Any) -> Any:
+        chosen = {name: given.pop(name) for name in options if name in given}
+        return command(keys={name: value for name, value in chosen.items() if value is not None}, **given)
+
+    own = list(reversed(getattr(command, "__click_params__", [])))
+    doc = (command.__doc__ or "").strip()
+    return _RunCommand(
+        command.__name__.strip("_"), callback=call, params=[*own, *options.values()], help=doc, context_settings=CONTEXT
+    )
+
+
+def _where(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say where things are."""
+    for option in (
+        click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
+        click.option(
+            "--cache-dir",
+            type=click.Path(path_type=Path),
+            help="Teachers and plugins; BENCH_CACHE, else ~/.cache/bench.",
+        ),
+        click.option(
+            "--data-root",
+            type=click.Path(path_type=Path),
+            help="Local data, <root>/<task>/<split>.parquet; BENCH_DATA_ROOT, else the Hub.",
+        ),
+        click.option(
+            "--results",
+            type=click.Path(path_type=Path),
+            default=Path("results"),
+            show_default=True,
+            help="Folder of studies.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _mode(command: Callable[..., Any]) -> Callable[..., Any]:
+    text = "What to run: what is missing, also what failed, everything, or nothing."
+    return click.option("--mode", type=click.Choice(MODES), default="missing", show_default=True, help=text)(command)
+
+
+def _surroundings(data_root: Path | None, cache_dir: Path | None, device: str) -> Any:
+    from bench.runner import Surroundings
+
+    return Surroundings(data_root, cache_dir, device)
+
+
+@click.group(cls=_Group, context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="bench")
+def main() -> None:
+    r"""Benchmark Variator and its rivals: accuracy against FLOPs, over tasks, ratios and backbones.
+
+    \b
+    bench plan sweeps/quickstart.yaml     what would run, what it costs, what is cached
+    bench sweep sweeps/quickstart.yaml    run it; run it again to go on
+    bench report quickstart               tables and figures from the results
+    """
+
+
+@main.command("list", context_settings=CONTEXT)
+@click.argument("what", type=click.Choice(["tasks", "methods", "backbones", "recipes", "keys"]))
+def list_(what: str) -> None:
+    """Show what there is."""
+    from bench.launch.listing import print_listing
+
+    print_listing(what)
+
+
+def _plan(keys: dict[str, str], sweep: str | None, study: str | None, results: Path, mode: str, **where: Any) -> None:
+    """Show each cell of a sweep, its cost, what is cached and what is skipped, without running anything.
+
+    SWEEP is a file or a shipped name; without one, the keys name the cells, commas separating values:
+    bench plan --backbone t5-3b --ratio 2,4,8
+    """
+    from bench.launch.listing import print_plan
+    from bench.launch.plan import observed_rate, plan
+    from bench.launch.sweep import expand, find_sweep, parse_list, read_sweep
+    from bench.results import ResultStore
+
+    if sweep:
+        read = read_sweep(find_sweep(sweep), keys)
+        name, configs = read.name, read.configs
+    else:
+        name, configs = "runs", expand({key: parse_list(text) for key, text in keys.items()})
+    store = ResultStore(results, study or name)
+    cells = plan(configs, store, _surroundings(**where), mode)  # type: ignore[arg-type]
+    print_plan(cells, observed_rate(store))
+    if any(cell.state == "error" for cell in cells):
+        sys.exit(1)
+
+
+_plan = click.argument("sweep", required=False)(
+    click.option("--study", help="Study to compare with; the sweep's name.")(_mode(_where(_plan)))
+)
+main.add_command(_with_keys(_plan))
+
+
+def _run(keys: dict[str, str], study: str, results: Path, mode: str, **where: Any) -> None:
+    """Run one cell, or return its stored result: the unit that sweeps, agents and clusters call.
+
+    bench run --task sst2 --method variator --ratio 4 --backbone t5-base --seed 0
+    """
+    from bench.config import RunConfig
+    from bench.launch.listing import run_and_print
+    from bench.results import ResultStore
+
+    config = RunConfig.build(keys)
+    sys.exit(run_and_print([config], ResultStore(results, study), _surroundings(**where), mode))  # type: ignore[arg-type]
+
+
+_run = click.option("--study", default="runs", show_default=True, help="Study that the result goes to.")(
+    _mode(_where(_run))
+)
+main.add_command(_with_keys(_run))
+
+
+def _sweep(keys: dict[str, str], sweep: str, study: str | None, results: Path, mode: str, **where: Any) -> None:
+    """Run every cell of SWEEP, a file or a shipped name, on this machine; run it again to go on.
+
+    A key replaces the file's values, commas separating several: bench sweep glue --task rte --seed 0,1
+    """
+    from bench.launch.listing import run_and_print
+    from bench.launch.sweep import find_sweep, read_sweep
+    from bench.results import ResultStore
+
+    read = read_sweep(find_sweep(sweep), keys)
+    store = ResultStore(results, study or read.name)
+    sys.exit(run_and_print(read.configs, store, _surroundings(**where), mode, summary=True))  # type: ignore[arg-type]
+
+
+_sweep = click.argument("sweep")(
+    click.option("--study", help="Study that the results go to; the sweep's name.")(_mode(_where(_sweep)))
+)
+main.add_command(_with_keys(_sweep))
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("study", required=False)
+@click.option(
+    "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, help="Folder of studies."
+)
+def status(study: str | None, results: Path) -> None:
+    """Show how far each STUDY is, what failed and why."""
+    from bench.launch.listing import print_status
+
+    print_status(results, study)
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("study")
+@click.option(
+    "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, help="Folder of studies."
+)
+def report(study: str, results: Path) -> None:
+    """Make the tables and figures of STUDY again from its results, and print the summary."""
+    from bench.launch.listing import print_report
+
+    print_report(results, study)

@@ -1,0 +1,88 @@
+"""What a method is given: the teacher, and the surroundings of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from bench.artifacts import Artifact, ArtifactCache
+from bench.backbones.load import load_task_model
+from bench.backbones.model import TaskModel
+from bench.backbones.spec import BackboneSpec
+from bench.config import RunConfig
+from bench.progress import Progress
+from bench.results import TrainingStage
+from bench.tasks.features import Feature
+from bench.tasks.spec import TaskSpec
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The backbone fine-tuned on the task: the dense reference of every comparison.
+
+    Attributes
+    ----------
+    model
+        In evaluation mode, without gradients; nobody changes it.
+    artifact
+        Where its weights are kept.
+    """
+
+    model: TaskModel
+    artifact: Artifact
+
+
+@dataclass
+class RunContext:
+    """The surroundings of one run.
+
+    Attributes
+    ----------
+    config, task, spec, tokenizer, device, data_root
+        The run, its task, the backbone's shape and tokenizer, where tensors go, the local data root.
+    features
+        Split (``train``, ``selection``, ``dev``) -> encoded examples.
+    identity
+        The run's identity; artifacts that belong to this run alone are keyed by it.
+    revisions
+        ``data`` and ``model`` -> what identifies them.
+    cache, progress
+        Shared artifacts, and whoever watches.
+    stages, notes, knob
+        What the method leaves for the result: its trainings, remarks, native setting.
+    bytes_added
+        Bytes on disk that the method must store beyond the teacher.
+    trained_parameters
+        Parameters that the method trained.
+    """
+
+    config: RunConfig
+    task: TaskSpec
+    spec: BackboneSpec
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    data_root: Path | None
+    features: dict[str, list[Feature]]
+    identity: dict[str, Any]
+    revisions: dict[str, str]
+    cache: ArtifactCache
+    progress: Progress
+    stages: list[TrainingStage] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    knob: dict[str, Any] = field(default_factory=dict)
+    bytes_added: int = 0
+    trained_parameters: int = 0
+
+    def pretrained(self) -> TaskModel:
+        """Load the backbone as it was published, frozen, in evaluation mode."""
+        model = load_task_model(self.config.backbone, self.spec, self.task, self.tokenizer, self.config.seed)
+        return model.to(self.device).eval().requires_grad_(False)
+
+    def record(self, artifact: Artifact) -> None:
+        """Note the trainings that made ``artifact``, here or earlier."""
+        for stage in artifact.meta["stages"]:
+            self.stages.append(TrainingStage(**{**stage, "cached": artifact.cached or stage.get("cached", False)}))

@@ -1,0 +1,1 @@
+"""A sweep file to runs, and the runs to a machine."""

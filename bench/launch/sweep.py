@@ -1,0 +1,142 @@
+"""A sweep file -> the runs that it lists. The file is a W&B sweep; grids are expanded here. Imports no torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bench.config import RunConfig, known_keys
+from bench.errors import ConfigError, suggest
+
+TOP_KEYS = (
+    "name",
+    "description",
+    "project",
+    "entity",
+    "program",
+    "command",
+    "method",
+    "metric",
+    "parameters",
+    "run_cap",
+)
+SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A named list of runs.
+
+    Attributes
+    ----------
+    name
+        Also the study that the results go to.
+    configs
+        The runs, each once; those that share a teacher stand together, the dense one first.
+    """
+
+    name: str
+    configs: tuple[RunConfig, ...]
+
+
+def find_sweep(name: str) -> Path:
+    """Return the file of a sweep: a path, or the name of a shipped one such as ``quickstart``.
+
+    Raises
+    ------
+    ConfigError
+        If there is none; the nearest name is given.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    here = Path(str(resources.files("bench")))
+    shipped = {p.stem: p for folder in (here / "sweeps", here.parent / "sweeps") for p in sorted(folder.glob("*.yaml"))}
+    if name in shipped:
+        return shipped[name]
+    raise ConfigError(
+        f"no sweep file '{name}'.{suggest(Path(name).stem, shipped)} Shipped: {', '.join(sorted(shipped)) or 'none'}."
+    )
+
+
+def read_sweep(path: Path, overrides: Mapping[str, str] | None = None) -> Sweep:
+    """Read a sweep file in W&B's format and expand its grid.
+
+    Parameters
+    ----------
+    path
+        A YAML file with ``method: grid`` and ``parameters``, each with ``value`` or ``values``.
+    overrides
+        Key -> text that replaces the file's values; commas separate several.
+
+    Raises
+    ------
+    ConfigError
+        If the file is no grid of known keys; the message names the file, the key, and the nearest right one.
+    """
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is no sweep: expected a mapping with `method: grid` and `parameters`")
+    for key in content:
+        if key not in TOP_KEYS:
+            raise ConfigError(f"{path}: unknown key '{key}'.{suggest(str(key), TOP_KEYS)}")
+    if content.get("method") != "grid":
+        raise ConfigError(f"{path}: method is '{content.get('method')}'; only `grid` lists its runs in advance")
+    parameters = content.get("parameters")
+    if not isinstance(parameters, dict) or not parameters:
+        raise ConfigError(f"{path}: `parameters` must map keys to {{value: ...}} or {{values: [...]}}")
+    grid = {str(key): _values(path, str(key), entry) for key, entry in parameters.items()}
+    grid |= {key: parse_list(text) for key, text in (overrides or {}).items()}
+    try:
+        return Sweep(str(content.get("name") or path.stem), expand(grid))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _values(path: Path, key: str, entry: object) -> list[Any]:
+    known = known_keys()
+    if key not in known:
+        raise ConfigError(f"{path}: unknown parameter '{key}'.{suggest(key, known)} `bench list keys` shows all.")
+    if not isinstance(entry, dict) or len(entry) != 1 or not {"value", "values"} & set(entry):
+        raise ConfigError(f"{path}: parameter '{key}' needs either `value: x` or `values: [x, y]`, found {entry!r}")
+    if "value" in entry:
+        return [entry["value"]]
+    values = entry["values"]
+    if not isinstance(values, list) or not values:
+        raise ConfigError(f"{path}: the values of '{key}' must be a list that is not empty, found {values!r}")
+    return list(values)
+
+
+def parse_list(text: str) -> list[Any]:
+    """Read ``2,4,8``; a loss mix such as ``all_hidden=1,logits=1`` is one value."""
+    return [text] if "=" in text else [part.strip() for part in text.split(",")]
+
+
+def expand(grid: Mapping[str, Iterable[Any]]) -> tuple[RunConfig, ...]:
+    """Return every combination once: points that differ only in what their method ignores are one run."""
+    distinct: dict[str, RunConfig] = {}
+    for point in itertools.product(*grid.values()):
+        config = RunConfig.build(dict(zip(grid, point, strict=True)))
+        key = repr(config.identity(config.task, config.backbone))
+        distinct.setdefault(key, config)
+    order = {id(config): place for place, config in enumerate(distinct.values())}
+    shared: dict[tuple[Any, ...], int] = {}
+    for config in distinct.values():
+        shared.setdefault((config.task, config.backbone, config.seed), len(shared))
+    return tuple(
+        sorted(
+            distinct.values(),
+            key=lambda c: (shared[c.task, c.backbone, c.seed], c.method != "dense", order[id(c)]),
+        )
+    )

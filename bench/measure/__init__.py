@@ -1,0 +1,1 @@
+"""What a model costs: FLOPs counted and in closed form, latency, memory, size."""

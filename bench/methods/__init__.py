@@ -1,0 +1,1 @@
+"""One file a method; what a method is stands in ``base``."""

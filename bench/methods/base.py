@@ -1,0 +1,118 @@
+"""What a method is. Imports no torch at run time, so that listing and planning are instant."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from bench.backbones.spec import BackboneSpec
+from bench.errors import ConfigError
+from bench.tasks.spec import TaskSpec
+
+if TYPE_CHECKING:
+    from bench.backbones.model import TaskModel
+    from bench.context import RunContext, Teacher
+    from bench.tasks.data import TaskData
+
+
+@dataclass(frozen=True)
+class Work:
+    """One training that a method will do, as a plan sees it.
+
+    Attributes
+    ----------
+    name
+        Name of the stage.
+    steps, batch_size
+        Optimiser steps and examples per step.
+    tokens
+        Tokens per example; ``None`` for the task's own mean length.
+    shared
+        Whether other tasks find the same artifact.
+    passes
+        Cost of a step in encoder forward passes (3 for plain training, 4 with a teacher's forward pass).
+    """
+
+    name: str
+    steps: int
+    batch_size: int
+    tokens: int | None = None
+    shared: bool = False
+    passes: int = 4
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A way to make a model cheaper. The fields of the subclass are its hyper-parameters.
+
+    Attributes
+    ----------
+    name, paper, version
+        Name in sweeps, source, and a number that is raised whenever a change alters results.
+    summary, trains, saves
+        One line each for the catalogue.
+    uses
+        Which of the run's budget fields (``ratio``, ``steps``, ``batch_size``) the method reads; the others take
+        no part in a run's identity.
+    input_dependent
+        Whether the cost depends on the input's content, and not on its shape alone.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    version: ClassVar[int]
+    summary: ClassVar[str]
+    trains: ClassVar[str]
+    saves: ClassVar[str]
+    uses: ClassVar[frozenset[str]] = frozenset({"ratio", "steps", "batch_size"})
+    input_dependent: ClassVar[bool] = False
+
+    def skip(self, backbone: BackboneSpec, task: TaskSpec, ratio: float | None) -> str | None:
+        """Return the reason why this cell cannot be run, or ``None``."""
+        return None
+
+    def knob(self, backbone: BackboneSpec, ratio: float | None) -> dict[str, Any]:
+        """Return the native setting that ``ratio`` stands for, for plans and results."""
+        return {}
+
+    def work(self, steps: int, batch_size: int) -> list[Work]:
+        """Return the trainings that ``compress`` will do."""
+        return []
+
+    def identity(self, data_root: Path | None) -> dict[str, Any]:
+        """Return what of the method's settings and further inputs can change the number."""
+        return dataclasses.asdict(self)
+
+    @abstractmethod
+    def compress(self, teacher: Teacher, data: TaskData, ctx: RunContext) -> TaskModel:
+        """Train whatever the method trains and return a module that is called like the teacher.
+
+        The saving is executed, not masked: FLOPs and latency are measured on the returned module. The teacher must not
+        be changed.
+        """
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """Return the hyper-parameters with their defaults."""
+        return {f.name: f.default for f in dataclasses.fields(cls)}
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> Method:
+        """Build the method, checking types.
+
+        Raises
+        ------
+        ConfigError
+            If a value has the wrong type.
+        """
+        try:
+            return TypeAdapter(cls).validate_python(options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ConfigError(f"{cls.name}: {where} = {first['input']!r}: {first['msg'].lower()}") from None

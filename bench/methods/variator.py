@@ -1,0 +1,255 @@
+"""Variator: compression plugins around every encoder FFN of the frozen teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from bench.backbones.spec import BackboneSpec
+from bench.methods.base import Method, Work
+from bench.tasks.spec import TaskSpec
+
+if TYPE_CHECKING:
+    from bench.artifacts import Artifact
+    from bench.backbones.model import TaskModel
+    from bench.context import RunContext, Teacher
+    from bench.plugins.plugin import Plugin
+    from bench.tasks.data import TaskData
+    from bench.training.stage import FeatureBatches
+
+FIT_TOKENS = 20_000
+"""Tokens of the closed-form fit."""
+
+_ADAPTATION_ONLY = {"lr", "decay", "losses", "temperature"}
+
+
+@dataclass(frozen=True)
+class Variator(Method):
+    """Compression plugins: merge k neighbouring hidden vectors, run the FFN, expand again.
+
+    Attributes
+    ----------
+    bottleneck
+        Width of the decompression adapter.
+    mask_padding
+        Whether padding is left out of scores, softmax and mean.
+    init
+        ``fit`` starts from the closed-form fit of ``bench.plugins.fit``; ``released`` from random weights.
+    pretrain_steps, pretrain_corpus, pretrain_batch_size, pretrain_length, pretrain_lr, pretrain_losses
+        Task-agnostic pre-training on text; 0 steps leave it out. Length in tokens.
+    lr, decay, warmup, weight_decay, clip
+        Optimisation of both steps but for ``pretrain_lr``; ``warmup`` is a share of the steps.
+    losses
+        Mix of the adaptation's loss parts; see ``bench.training.losses``.
+    temperature
+        Of the ``logits`` part.
+    """
+
+    name = "variator"
+    paper = "Xiao et al., Variator, Findings of EMNLP 2023"
+    version = 1
+    summary = "merge k neighbouring hidden vectors around each encoder FFN and expand them again"
+    trains = "the plugin alone; the backbone stays frozen"
+    saves = "FFN rows: n/k instead of n in every encoder layer"
+
+    bottleneck: int = 64
+    mask_padding: bool = True
+    init: Literal["fit", "released"] = "fit"
+    pretrain_steps: int = 0
+    pretrain_corpus: str = "wikitext2"
+    pretrain_batch_size: int = 16
+    pretrain_length: int = 128
+    pretrain_lr: float = 1e-3
+    pretrain_losses: str = "all_hidden=1"
+    lr: float = 1.5e-3
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    losses: str = "all_hidden=1,logits=1"
+    temperature: float = 1.0
+
+    def skip(self, backbone: BackboneSpec, task: TaskSpec, ratio: float | None) -> str | None:
+        """Refuse a ratio that is no whole number of vectors."""
+        if ratio is None or ratio < 2 or ratio != int(ratio):
+            return f"the ratio of variator is k, a whole number of at least 2; got {ratio}"
+        return None
+
+    def knob(self, backbone: BackboneSpec, ratio: float | None) -> dict[str, Any]:
+        """Return k."""
+        return {"k": int(ratio or 0)}
+
+    def work(self, steps: int, batch_size: int) -> list[Work]:
+        """Return pre-training and adaptation."""
+        pretrain = Work("pretrain", self.pretrain_steps, self.pretrain_batch_size, self.pretrain_length, shared=True)
+        return [w for w in (pretrain, Work("adapt", steps, batch_size)) if w.steps]
+
+    def identity(self, data_root: Path | None) -> dict[str, Any]:
+        """Leave out the settings of a step that is left out; name the corpus by its content."""
+        fields = dataclasses.asdict(self)
+        if not self.pretrain_steps:
+            return {name: value for name, value in fields.items() if not name.startswith("pretrain_")}
+        from bench.tasks.corpus import corpus_revision
+
+        return fields | {"pretrain_corpus": corpus_revision(self.pretrain_corpus, data_root)}
+
+    def compress(self, teacher: Teacher, data: TaskData, ctx: RunContext) -> TaskModel:
+        """Pre-train and adapt a plugin, and attach it to a copy that shares the teacher's weights."""
+        from bench.measure.size import bytes_on_disk
+        from bench.plugins.plugin import WEIGHTS_FILE, Plugin
+        from bench.training.distill import attach_for_good
+
+        artifact = ctx.cache.get(
+            "plugin",
+            ctx.identity,
+            lambda folder, checkpoint: self._adapt(teacher.model, ctx, folder, checkpoint),
+            ctx.progress.message,
+        )
+        ctx.record(artifact)
+        plugin = Plugin.from_pretrained(artifact.folder).to(ctx.device).eval().requires_grad_(False)
+        ctx.trained_parameters = plugin.num_parameters()
+        ctx.bytes_added = bytes_on_disk(artifact.folder / WEIGHTS_FILE)
+        return attach_for_good(teacher.model, plugin)
+
+    def _adapt(self, model: TaskModel, ctx: RunContext, folder: Path, checkpoint: Path) -> dict[str, Any]:
+        """Make the plugin of this run: from the pre-trained one if there is one, on the task's training split."""
+        from bench.plugins.plugin import Plugin
+        from bench.training.stage import FeatureBatches
+
+        config = ctx.config
+        batches = FeatureBatches(
+            ctx.features["train"], config.batch_size, ctx.tokenizer.pad_token_id, config.seed, ctx.device
+        )
+        stages = []
+        if self.pretrain_steps:
+            pretrained = self._pretrained(ctx)
+            stages += [stage | {"cached": pretrained.cached} for stage in pretrained.meta["stages"]]
+            plugin = Plugin.from_pretrained(pretrained.folder).to(ctx.device)
+        else:
+            plugin = self._start(model, batches, ctx)
+        if config.steps:
+            stages.append(
+                self._distill("adapt", plugin, model, batches, self.losses, self.lr, config.steps, ctx, checkpoint)
+                | {"artifact": ctx.cache.key("plugin", ctx.identity)}
+            )
+        plugin.save_pretrained(folder)
+        return {"stages": stages}
+
+    def _pretrained(self, ctx: RunContext) -> Artifact:
+        """Return the task-agnostic plugin, pre-training it if no run has yet."""
+        own = {name: value for name, value in self.identity(ctx.data_root).items() if name not in _ADAPTATION_ONLY}
+        identity = {
+            "method": f"{self.name}@{self.version}",
+            "model": ctx.revisions["model"],
+            "k": ctx.config.ratio,
+            "seed": ctx.config.seed,
+            "precision": ctx.config.precision,
+            **own,
+        }
+
+        def make(folder: Path, checkpoint: Path) -> dict[str, Any]:
+            model = ctx.pretrained()
+            batches = self._corpus_batches(ctx)
+            plugin = self._start(model, batches, ctx)
+            stage = self._distill(
+                "pretrain",
+                plugin,
+                model,
+                batches,
+                self.pretrain_losses,
+                self.pretrain_lr,
+                self.pretrain_steps,
+                ctx,
+                checkpoint,
+            )
+            plugin.save_pretrained(folder)
+            return {"stages": [stage | {"artifact": ctx.cache.key("pretrained", identity)}]}
+
+        return ctx.cache.get("pretrained", identity, make, ctx.progress.message)
+
+    def _corpus_batches(self, ctx: RunContext) -> FeatureBatches:
+        """T5 sees span-corrupted text, as it was pre-trained; BERT sees the text as it is.
+
+        The targets are hidden states of the same model and not words, so that masking BERT's input would only make it
+        unlike the inputs of the tasks.
+        """
+        from bench.tasks.corpus import load_corpus, spans
+        from bench.tasks.corruption import bert_features, t5_features
+        from bench.training.stage import FeatureBatches
+
+        special = 2 if ctx.spec.family == "bert" else 1
+        texts = load_corpus(self.pretrain_corpus, ctx.data_root)
+        cut = spans(
+            texts,
+            ctx.tokenizer,
+            self.pretrain_length - special,
+            limit=self.pretrain_steps * self.pretrain_batch_size,
+        )
+        seed = ctx.config.seed
+        features = (
+            bert_features(cut, ctx.tokenizer) if ctx.spec.family == "bert" else t5_features(cut, ctx.tokenizer, seed)
+        )
+        return FeatureBatches(features, self.pretrain_batch_size, ctx.tokenizer.pad_token_id, seed, ctx.device)
+
+    def _start(self, model: TaskModel, batches: FeatureBatches, ctx: RunContext) -> Plugin:
+        """Return a new plugin, by closed-form fit or random."""
+        import torch
+
+        from bench.plugins.fit import fit_least_squares
+        from bench.plugins.plugin import Plugin
+        from bench.training.stage import model_inputs
+
+        torch.manual_seed(ctx.config.seed)
+        plugin = Plugin.for_model(
+            model,
+            int(ctx.config.ratio or 0),
+            bottleneck=self.bottleneck,
+            mask_padding=self.mask_padding,
+            backbone=ctx.config.backbone,
+        ).to(ctx.device)
+        if self.init == "fit":
+            needed = max(1, round(FIT_TOKENS / (batches.mean_length * batches.batch_size)))
+            ctx.progress.stage("fit", ctx.spec.encoder_layers)
+            fit_least_squares(
+                plugin, model, (model_inputs(batches(step)) for step in range(needed)), ctx.progress.advance
+            )
+        return plugin
+
+    def _distill(
+        self,
+        name: Literal["pretrain", "adapt"],
+        plugin: Plugin,
+        model: TaskModel,
+        batches: FeatureBatches,
+        mix: str,
+        lr: float,
+        steps: int,
+        ctx: RunContext,
+        checkpoint: Path,
+    ) -> dict[str, Any]:
+        from bench.training.distill import distill_plugin
+        from bench.training.loop import Schedule
+
+        schedule = Schedule(
+            steps=steps,
+            lr=lr,
+            warmup=round(self.warmup * steps),
+            decay="linear" if name == "pretrain" else self.decay,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+            precision=ctx.config.precision,
+        )
+        return distill_plugin(
+            name,
+            plugin,
+            model,
+            batches,
+            mix=mix,
+            kind=None if name == "pretrain" else ctx.task.kind,
+            temperature=self.temperature,
+            schedule=schedule,
+            ctx=ctx,
+            checkpoint=checkpoint,
+        )

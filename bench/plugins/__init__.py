@@ -1,0 +1,1 @@
+"""The compression layers, and plugins that attach, switch, save and load."""

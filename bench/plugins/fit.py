@@ -1,0 +1,114 @@
+"""Closed-form start of a plugin: layer by layer, the least-squares fit of what compression loses.
+
+With mean pooling, the decompression adapter has to predict r_i = FFN(u_i) - FFN(c_g(i)) from y_g(i) = FFN(c_g(i)) and
+u_i. In tanh's linear range that is a reduced-rank regression, solved exactly from a few thousand tokens (Izenman,
+"Reduced-rank regression for the multivariate linear model", J. Multivariate Analysis 1975). Not in the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.backbones.model import share_weights
+from bench.plugins.bank import CompressedFFN, PluginBank
+from bench.plugins.layers import CompressionPair
+from bench.plugins.plugin import Plugin
+
+_RIDGE = 1e-3
+_LINEAR_RANGE = 0.3
+"""Standard deviation of tanh's argument; small enough that tanh is nearly the identity."""
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the layer that is being fitted."""
+
+
+@torch.no_grad()
+def fit_least_squares(
+    plugin: Plugin,
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    on_layer: Callable[[], None] = lambda: None,
+) -> None:
+    """Set ``plugin`` to mean pooling and the best linear adapter, bottom layer first.
+
+    Each layer is fitted on what the layers below it give when they are compressed.
+
+    Parameters
+    ----------
+    plugin
+        Is changed in place.
+    model
+        The frozen model that the plugin fits; is not changed.
+    batches
+        Inputs as the model is called with, ``attention_mask`` included; some 10,000 tokens are enough.
+    on_layer
+        Called after each layer.
+    """
+    inputs = list(batches)
+    for pair in plugin.pairs:
+        for parameter in pair.parameters():
+            nn.init.zeros_(parameter)
+    student = share_weights(model)
+    bank = PluginBank([plugin])
+    bank.attach(student)
+    bank.select(plugin.config.k)
+    student.eval()
+    for layer in [m for m in student.modules() if isinstance(m, CompressedFFN)]:
+        _fit_pair(layer, layer.pair(plugin.config.k), student, inputs)
+        on_layer()
+
+
+def _fit_pair(
+    layer: CompressedFFN, pair: CompressionPair, student: nn.Module, inputs: list[Mapping[str, Tensor]]
+) -> None:
+    d, rank = pair.d_model, pair.w2.in_features
+    device = pair.w2.weight.device
+    gram = torch.zeros(2 * d + 1, 2 * d + 1, dtype=torch.float64, device=device)
+    cross = torch.zeros(2 * d + 1, d, dtype=torch.float64, device=device)
+
+    def gather(module: nn.Module, args: tuple[Any, ...]) -> None:
+        x, r = _regression(layer, pair, args[0])
+        gram.add_(x.T @ x)
+        cross.add_(x.T @ r)
+        raise _Reached
+
+    hook = layer.register_forward_pre_hook(gather)
+    try:
+        for batch in inputs:
+            try:
+                student(**batch)
+            except _Reached:
+                continue
+    finally:
+        hook.remove()
+    ridge = torch.full((2 * d + 1,), _RIDGE * gram.diagonal()[:-1].mean().item(), dtype=torch.float64, device=device)
+    ridge[-1] = 0.0
+    full = torch.linalg.solve(gram + ridge.diag(), cross)
+    explained = full.T @ gram @ full
+    basis = torch.linalg.eigh(explained).eigenvectors[:, -rank:]
+    spread = (basis.T @ explained @ basis).diagonal().div(gram[-1, -1]).sqrt().clamp_min(1e-8)
+    scale = _LINEAR_RANGE / spread
+    down = (full @ basis) * scale
+    pair.w1_y.weight.copy_(down[:d].T)
+    pair.w1_u.weight.copy_(down[d:-1].T)
+    pair.w1_u.bias.copy_(down[-1])
+    pair.w2.weight.copy_(basis / scale)
+    pair.w2.bias.copy_(full[-1] - basis @ (basis.T @ full[-1]))
+
+
+def _regression(layer: CompressedFFN, pair: CompressionPair, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Return regressors (tokens, 2d+1) and residuals (tokens, d) of the real positions."""
+    n, k = u.shape[1], pair.k
+    mask = layer.selection.mask
+    mask = u.new_ones(u.shape[:2], dtype=torch.bool) if mask is None else mask
+    short = -n % k
+    u, mask = F.pad(u, (0, 0, 0, short)), F.pad(mask, (0, short))
+    y = layer.inner(pair.compress(u, mask)).repeat_interleave(k, dim=1)
+    x = torch.cat((y, u, torch.ones_like(u[..., :1])), dim=-1)
+    return x[mask].double(), (layer.inner(u) - y)[mask].double()

@@ -1,0 +1,161 @@
+"""A plugin: the compression pairs of all encoder layers at one k, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from bench import __version__
+from bench.backbones.sites import EncoderView
+from bench.errors import PluginError
+from bench.plugins.layers import CompressionPair
+
+CONFIG_FILE, WEIGHTS_FILE = "plugin_config.json", "plugin.safetensors"
+
+
+class PluginConfig(BaseModel):
+    """What a plugin is made for.
+
+    Attributes
+    ----------
+    k
+        How many neighbouring hidden vectors are merged into one.
+    family, d_model, n_layers
+        Family, width and encoder depth of the backbone.
+    bottleneck
+        Width of the decompression adapter.
+    mask_padding
+        Whether padding is left out of scores, softmax and mean.
+    backbone
+        Name of the backbone, for people.
+    bench_version
+        Version of this library that wrote it.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    k: int = Field(ge=2)
+    family: str
+    d_model: int = Field(ge=1)
+    n_layers: int = Field(ge=1)
+    bottleneck: int = Field(default=64, ge=1)
+    mask_padding: bool = True
+    backbone: str = ""
+    bench_version: str = __version__
+
+
+class Plugin(nn.Module):
+    """Compression pairs for every encoder layer at one k.
+
+    Parameters
+    ----------
+    config
+        Shape of the plugin and of the backbone that it fits.
+
+    Examples
+    --------
+    >>> plugin = Plugin.from_pretrained("plugins/sst2-k4")   # doctest: +SKIP
+    >>> with plugin.attached(model):                         # doctest: +SKIP
+    ...     logits = model(**batch).logits
+    """
+
+    def __init__(self, config: PluginConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.pairs = nn.ModuleList(
+            CompressionPair(config.d_model, config.k, config.bottleneck, config.mask_padding)
+            for _ in range(config.n_layers)
+        )
+
+    @classmethod
+    def for_model(
+        cls, model: nn.Module, k: int, *, bottleneck: int = 64, mask_padding: bool = True, backbone: str = ""
+    ) -> Plugin:
+        """Make a new plugin that fits ``model``, initialised as the released code does."""
+        view = EncoderView(model)
+        return cls(
+            PluginConfig(
+                k=k,
+                family=view.family,
+                d_model=view.d_model,
+                n_layers=len(view.layers),
+                bottleneck=bottleneck,
+                mask_padding=mask_padding,
+                backbone=backbone,
+            )
+        )
+
+    def check_fits(self, view: EncoderView) -> None:
+        """Raise ``PluginError`` unless the plugin was made for an encoder of this family, width and depth."""
+        has = (view.family, view.d_model, len(view.layers))
+        wants = (self.config.family, self.config.d_model, self.config.n_layers)
+        if has != wants:
+            raise PluginError(
+                f"the plugin was made for {self.config.backbone or 'a backbone'} (family {wants[0]}, width {wants[1]}, "
+                f"{wants[2]} encoder layers); the model has family {has[0]}, width {has[1]}, {has[2]} encoder layers"
+            )
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[Plugin]:
+        """Run ``model`` with this plugin inside a ``with`` block; afterwards it is bit-identical to before."""
+        from bench.plugins.bank import PluginBank
+
+        with PluginBank([self]).attached(model, self.config.k):
+            yield self
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write ``plugin_config.json`` and ``plugin.safetensors`` into ``folder``."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({n: t.detach().cpu().contiguous() for n, t in self.state_dict().items()}, folder / WEIGHTS_FILE)
+        (folder / CONFIG_FILE).write_text(self.config.model_dump_json(indent=1) + "\n", "utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> Plugin:
+        """Read a plugin that ``save_pretrained`` wrote.
+
+        Raises
+        ------
+        PluginError
+            If a file is missing, torn, or does not belong to the config.
+        """
+        folder = Path(folder)
+        try:
+            config = PluginConfig.model_validate(json.loads((folder / CONFIG_FILE).read_text("utf-8")))
+        except FileNotFoundError:
+            raise PluginError(f"{folder} holds no plugin: {CONFIG_FILE} is missing") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise PluginError(
+                f"{folder / CONFIG_FILE} is no plugin's config: {where}: {first['msg'].lower()}"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise PluginError(f"{folder / CONFIG_FILE} cannot be read: {error}") from None
+        plugin = cls(config)
+        try:
+            plugin.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        except FileNotFoundError:
+            raise PluginError(f"{folder} holds no plugin weights: {WEIGHTS_FILE} is missing") from None
+        except SafetensorError as error:
+            raise PluginError(f"{folder / WEIGHTS_FILE} is torn or no safetensors file: {error}") from None
+        except RuntimeError as error:
+            raise PluginError(f"{folder / WEIGHTS_FILE} does not belong to its config: {error}") from None
+        return plugin
+
+    def num_parameters(self) -> int:
+        """Return the number of parameters of the plugin."""
+        return sum(p.numel() for p in self.parameters())
+
+    @torch.no_grad()
+    def copy_from(self, other: Plugin) -> None:
+        """Take the weights of a plugin of the same shape."""
+        self.load_state_dict(other.state_dict())

@@ -1,0 +1,329 @@
+"""RunResult, the one JSON that a run leaves, and the store that keeps them. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bench.errors import BenchError
+
+SCHEMA_VERSION = 1
+
+Status = Literal["running", "done", "failed", "diverged", "skipped", "interrupted"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=True)
+
+
+class Interval(_Model):
+    """A bootstrap interval over examples.
+
+    Attributes
+    ----------
+    value
+        The metric on all examples.
+    low, high
+        Ends of the central ``level`` interval.
+    level
+        Coverage, e.g. 0.95.
+    resamples
+        Number of bootstrap resamples.
+    """
+
+    value: float
+    low: float
+    high: float
+    level: float = 0.95
+    resamples: int = 1000
+
+
+class Evaluation(_Model):
+    """Metrics on one split.
+
+    Attributes
+    ----------
+    split
+        ``"selection"`` (carved from train) or ``"dev"`` (reported).
+    n_examples
+        Number of examples that were evaluated.
+    metrics
+        Metric name -> value in [0, 1] (or [-1, 1] for correlations) with its interval over examples.
+    """
+
+    split: Literal["selection", "dev"]
+    n_examples: int
+    metrics: dict[str, Interval]
+
+
+class Flops(_Model):
+    """FLOPs (2 x multiply-accumulates) of one forward pass, by part.
+
+    ``overhead`` is the method's own work (plugins, routers, predictors). It happens inside the encoder and is included
+    in ``encoder``; ``total`` is encoder + decoder + head.
+    """
+
+    encoder: int
+    decoder: int = 0
+    head: int = 0
+    overhead: int = 0
+
+    @property
+    def total(self) -> int:
+        """FLOPs of the whole model."""
+        return self.encoder + self.decoder + self.head
+
+
+class CostPair(_Model):
+    """FLOPs of the teacher and of the compressed model on the same inputs."""
+
+    dense: Flops
+    compressed: Flops
+
+    @property
+    def remaining_encoder(self) -> float:
+        """FLOPs(compressed) / FLOPs(teacher) in the encoder."""
+        return self.compressed.encoder / self.dense.encoder
+
+    @property
+    def remaining_total(self) -> float:
+        """FLOPs(compressed) / FLOPs(teacher) in the whole model."""
+        return self.compressed.total / self.dense.total
+
+
+class Cost(_Model):
+    """What a model costs to run and to keep.
+
+    Attributes
+    ----------
+    real
+        FLOPs summed over the dev set, each example alone and unpadded.
+    padded
+        FLOPs summed over the dev set in the padded batches that were evaluated.
+    batch_size
+        Size of those batches.
+    requested_remaining
+        Remaining encoder FLOPs that the ratio asks for, on the same real tokens; ``None`` for dense.
+    achieved_remaining
+        Remaining encoder FLOPs that were measured, on real tokens.
+    parameters_teacher, parameters_total
+        Parameters of the teacher, and of the model that was run (teacher's plus added minus removed).
+    parameters_added, parameters_trained
+        Parameters that the method added, and that it trained (without the teacher's own training).
+    bytes_added
+        Size on disk of what the method must store beyond the teacher.
+    bytes_teacher
+        Size on disk of the teacher's weights.
+    """
+
+    real: CostPair
+    padded: CostPair
+    batch_size: int
+    requested_remaining: float | None = None
+    achieved_remaining: float
+    parameters_teacher: int
+    parameters_total: int
+    parameters_added: int
+    parameters_trained: int
+    bytes_added: int
+    bytes_teacher: int
+
+
+class Latency(_Model):
+    """Interleaved timings of the teacher and the compressed model at one input shape.
+
+    Sample i of both lists was taken back to back, so that the ratio stands on a noisy machine.
+    """
+
+    batch_size: int
+    sequence_length: int
+    dense_seconds: list[float]
+    compressed_seconds: list[float]
+
+
+class Memory(_Model):
+    """Peak bytes of tensors alive at once during one forward pass, weights not included."""
+
+    batch_size: int
+    sequence_length: int
+    dense_bytes: int
+    compressed_bytes: int
+
+
+class TrainingStage(_Model):
+    """One training that a run needed.
+
+    Attributes
+    ----------
+    name
+        ``"teacher"``, ``"pretrain"``, ``"adapt"`` or a method's own word.
+    artifact
+        Key of the artifact that the stage made or found.
+    cached
+        Whether the artifact was found instead of made.
+    steps, examples
+        Optimiser steps, and examples seen.
+    flops
+        Estimated training FLOPs of the stage.
+    seconds
+        Wall time when it was made.
+    history
+        One record per logged step: ``{"step": ..., "<loss part>": ...}``.
+    """
+
+    name: str
+    artifact: str
+    cached: bool
+    steps: int
+    examples: int
+    flops: int
+    seconds: float
+    history: list[dict[str, float]] = Field(default_factory=list)
+
+
+class Provenance(_Model):
+    """Where a number came from."""
+
+    commit: str | None
+    dirty: bool | None
+    command: list[str]
+    started: str
+    seconds: float | None = None
+    host: str
+    platform: str
+    hardware: str
+    device: str
+    threads: int
+    versions: dict[str, str]
+    data_digest: str | None = None
+    model_digest: str | None = None
+    seeds: dict[str, int] = Field(default_factory=dict)
+
+
+class RunResult(_Model):
+    """Everything that one run leaves, but the per-example predictions (a parquet file beside it)."""
+
+    schema_version: int = SCHEMA_VERSION
+    run_id: str
+    study: str
+    status: Status
+    reason: str | None = None
+    traceback: str | None = None
+    config: dict[str, Any]
+    identity: dict[str, Any]
+    task: dict[str, Any] = Field(default_factory=dict)
+    knob: dict[str, Any] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
+    evaluations: list[Evaluation] = Field(default_factory=list)
+    teacher_evaluations: list[Evaluation] = Field(default_factory=list)
+    cost: Cost | None = None
+    latency: list[Latency] = Field(default_factory=list)
+    memory: list[Memory] = Field(default_factory=list)
+    training: list[TrainingStage] = Field(default_factory=list)
+    predictions: str | None = None
+    provenance: Provenance
+
+    def evaluation(self, split: str) -> Evaluation | None:
+        """Return the evaluation on ``split``, or ``None``."""
+        return next((e for e in self.evaluations if e.split == split), None)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write ``content`` so that a reader sees the old file or the new one, never a part.
+
+    Raises
+    ------
+    BenchError
+        If the folder cannot be written or the disk is full.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise BenchError(f"cannot write {path}: {error.strerror or error}. Free space or choose another folder.") from error
+
+
+class ResultStore:
+    """The runs of one study: ``<root>/<study>/runs/<run_id>.json`` and ``predictions/<run_id>.parquet``.
+
+    Two processes may use one store at a time: files appear whole, and a run is owned by whoever holds its lock.
+
+    Parameters
+    ----------
+    root
+        The ``results`` folder.
+    study
+        Name of the study, a folder under it.
+    """
+
+    def __init__(self, root: Path | str, study: str) -> None:
+        self.root, self.study = Path(root), study
+        self.folder = self.root / study
+
+    def path(self, run_id: str) -> Path:
+        """Where the JSON of ``run_id`` is or will be."""
+        return self.folder / "runs" / f"{run_id}.json"
+
+    def predictions_path(self, run_id: str) -> Path:
+        """Where the per-example predictions of ``run_id`` are or will be."""
+        return self.folder / "predictions" / f"{run_id}.parquet"
+
+    def lock_path(self, run_id: str) -> Path:
+        """The lock that the process working on ``run_id`` holds."""
+        return self.folder / ".locks" / f"{run_id}.lock"
+
+    def read(self, run_id: str) -> RunResult | None:
+        """Return the stored result, or ``None`` if there is none.
+
+        Raises
+        ------
+        BenchError
+            If the file is there but is no valid result.
+        """
+        path = self.path(run_id)
+        try:
+            text = path.read_text("utf-8")
+        except FileNotFoundError:
+            return None
+        return parse(text, path)
+
+    def write(self, result: RunResult) -> Path:
+        """Store ``result`` under its run id, replacing what was there."""
+        path = self.path(result.run_id)
+        write_atomic(path, (result.model_dump_json(indent=1) + "\n").encode())
+        return path
+
+    def __iter__(self) -> Iterator[RunResult]:
+        for path in sorted((self.folder / "runs").glob("*.json")):
+            yield parse(path.read_text("utf-8"), path)
+
+
+def parse(text: str, path: Path) -> RunResult:
+    """Read a result's JSON.
+
+    Raises
+    ------
+    BenchError
+        If it is torn, of another schema, or has unknown fields; the message names the file.
+    """
+    try:
+        return RunResult.model_validate(json.loads(text))
+    except (json.JSONDecodeError, ValidationError) as error:
+        first = str(error).splitlines()[0]
+        raise BenchError(f"{path} is not a valid result ({first}). Move it away and run the cell again.") from None

@@ -1,0 +1,285 @@
+"""RunConfig -> RunResult: the one path that every run takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bench.artifacts import ArtifactCache
+from bench.backbones.catalogue import spec_of
+from bench.backbones.source import local_folder, model_revision
+from bench.backbones.spec import BackboneSpec
+from bench.config import RunConfig, hash_of, run_id
+from bench.errors import BenchError, Diverged, Unreachable
+from bench.locks import hold
+from bench.progress import Progress, Silent
+from bench.provenance import collect
+from bench.results import ResultStore, RunResult, write_atomic
+from bench.tasks.catalogue import resolve_task
+from bench.tasks.digests import cache_folder
+from bench.tasks.sources import data_revision
+from bench.tasks.spec import TaskSpec
+
+Mode = Literal["missing", "retry-failed", "force", "read-only"]
+MODES: tuple[Mode, ...] = ("missing", "retry-failed", "force", "read-only")
+RETRIED = ("failed", "diverged", "interrupted")
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a run needs to know of its machine, none of which changes a number.
+
+    Attributes
+    ----------
+    data_root
+        Local data root; ``None`` for ``BENCH_DATA_ROOT`` or the Hub.
+    cache_dir
+        Folder of the artifact cache; ``None`` for ``BENCH_CACHE`` or the user's cache folder.
+    device
+        ``auto``, ``cpu`` or ``cuda``.
+    """
+
+    data_root: Path | None = None
+    cache_dir: Path | None = None
+    device: str = "auto"
+
+    @property
+    def artifacts(self) -> Path:
+        """Folder of the artifact cache."""
+        return (self.cache_dir or cache_folder()) / "artifacts"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run that is resolved: its task, backbone and identity are known. Imports no torch."""
+
+    config: RunConfig
+    task: TaskSpec
+    spec: BackboneSpec
+    revisions: Mapping[str, str]
+    identity: Mapping[str, Any]
+
+    @classmethod
+    def resolve(cls, config: RunConfig, where: Surroundings) -> Cell:
+        """Look up names and revisions.
+
+        Raises
+        ------
+        BenchError
+            If a name is unknown, or data or weights are not where they should be.
+        """
+        task = resolve_task(config.task)
+        folder = local_folder(config.backbone)
+        spec = dataclasses.replace(spec_of(str(folder) if folder else config.backbone), name=_short(config.backbone))
+        length = config.max_length or task.max_length
+        if spec.max_positions is not None and length > spec.max_positions:
+            raise BenchError(
+                f"max_length {length} of task '{task.name}' is beyond the {spec.max_positions} positions of "
+                f"backbone '{spec.name}'"
+            )
+        revisions = {
+            "data": f"{task.name}@{data_revision(task, where.data_root)}@{hash_of(task.identity())[:16]}",
+            "model": f"{spec.name}@{model_revision(config.backbone)}",
+        }
+        identity = config.identity(revisions["data"], revisions["model"], where.data_root)
+        return cls(config, task, spec, revisions, identity)
+
+    @property
+    def run_id(self) -> str:
+        """The hash of the identity."""
+        return run_id(self.identity)
+
+    def skip_reason(self) -> str | None:
+        """Why this cell cannot be run, or ``None``."""
+        return self.config.build_method().skip(self.spec, self.task, self.config.ratio)
+
+
+def _short(backbone: str) -> str:
+    return Path(backbone).name if "/" in backbone and Path(backbone).is_dir() else backbone
+
+
+def is_settled(result: RunResult | None, mode: Mode) -> bool:
+    """Return whether a stored result stands under ``mode``."""
+    if result is None or mode == "force":
+        return False
+    if mode == "read-only":
+        return True
+    if result.status in RETRIED:
+        return mode == "missing" and result.status != "interrupted"
+    return result.status in ("done", "skipped")
+
+
+def run(
+    config: RunConfig,
+    store: ResultStore,
+    where: Surroundings | None = None,
+    mode: Mode = "missing",
+    progress: Progress | None = None,
+    command: list[str] | None = None,
+) -> RunResult:
+    """Return the result of one cell, running it if the store does not have it.
+
+    Parameters
+    ----------
+    config
+        The cell.
+    store
+        Where results are.
+    where
+        Data, cache and device.
+    mode
+        ``missing`` runs what has no result or was interrupted, ``retry-failed`` also what failed or diverged, ``force``
+        everything, ``read-only`` nothing.
+    progress
+        Who watches.
+    command
+        What to note as the command that makes the number again.
+
+    Raises
+    ------
+    BenchError
+        If the cell cannot be resolved, results cannot be written, or ``read-only`` finds nothing. What fails after that
+        is a result with status ``failed``.
+    KeyboardInterrupt
+        After noting the run as interrupted.
+    """
+    where, progress = where or Surroundings(), progress or Silent()
+    cell = Cell.resolve(config, where)
+    if (found := store.read(cell.run_id)) is not None and is_settled(found, mode):
+        return found
+    if mode == "read-only":
+        raise BenchError(f"no result for {config.label} (run {cell.run_id}) in {store.folder}, and nothing may be run")
+    waiting = f"{config.label}: another process is on it; waiting"
+    with hold(store.lock_path(cell.run_id), lambda: progress.message(waiting)):
+        if (found := store.read(cell.run_id)) is not None and is_settled(found, mode):
+            return found
+        return _run_locked(cell, store, where, progress, command)
+
+
+def _run_locked(
+    cell: Cell, store: ResultStore, where: Surroundings, progress: Progress, command: list[str] | None
+) -> RunResult:
+    config = cell.config
+    result = RunResult(
+        run_id=cell.run_id,
+        study=store.study,
+        status="running",
+        config=config.model_dump(mode="json"),
+        identity=dict(cell.identity),
+        task={
+            "name": cell.task.name,
+            "kind": cell.task.kind,
+            "metrics": list(cell.task.metrics),
+            "caveat": cell.task.caveat,
+        },
+        provenance=collect(command),
+    )
+    result.config["backbone"], result.config["task"] = cell.spec.name, cell.task.name
+    result.config["family"] = cell.spec.family
+    result.provenance.model_digest = cell.revisions["model"]
+    result.provenance.seeds = {"run": config.seed}
+    store.write(result)
+    began = time.monotonic()
+    try:
+        if reason := cell.skip_reason():
+            result.status, result.reason = "skipped", reason
+        else:
+            _execute(cell, store, where, progress, result)
+            result.status = "done"
+    except Unreachable as error:
+        result.status, result.reason = "skipped", str(error)
+    except Diverged as error:
+        result.status, result.reason = "diverged", str(error)
+    except KeyboardInterrupt:
+        result.status, result.reason = "interrupted", "stopped by the user"
+        store.write(result)
+        raise
+    except Exception as error:
+        result.status = "failed"
+        result.reason = str(error) if isinstance(error, BenchError) else f"{type(error).__name__}: {error}"
+        result.traceback = traceback.format_exc()
+    result.provenance.seconds = round(time.monotonic() - began, 3)
+    store.write(result)
+    return result
+
+
+def _execute(cell: Cell, store: ResultStore, where: Surroundings, progress: Progress, result: RunResult) -> None:
+    import torch
+
+    from bench.backbones.load import load_tokenizer
+    from bench.context import RunContext
+    from bench.costing import EVALUATION_BATCH_SIZE, measure_cost, measure_speed
+    from bench.tasks.data import load_task
+    from bench.tasks.encoding import encode
+    from bench.tasks.evaluation import evaluate
+    from bench.training.teacher import get_teacher, teacher_evaluation
+
+    config = cell.config
+    device = torch.device(_device(where.device))
+    result.provenance.device = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    result.provenance.threads = torch.get_num_threads()
+    data = load_task(cell.task, where.data_root, config.train_examples)
+    if config.dev_examples:
+        data = dataclasses.replace(data, dev=data.dev[: config.dev_examples])
+    result.provenance.data_digest = data.digest
+    tokenizer = load_tokenizer(config.backbone)
+    splits = {"train": data.train, "selection": data.selection, "dev": data.dev}
+    ctx = RunContext(
+        config=config,
+        task=cell.task,
+        spec=cell.spec,
+        tokenizer=tokenizer,
+        device=device,
+        data_root=where.data_root,
+        features={n: encode(x, cell.task, tokenizer, cell.spec.family, config.max_length) for n, x in splits.items()},
+        identity=dict(cell.identity),
+        revisions=dict(cell.revisions),
+        cache=ArtifactCache(where.artifacts),
+        progress=progress,
+    )
+    teacher = get_teacher(ctx)
+    chosen = config.build_method()
+    ctx.knob = chosen.knob(cell.spec, config.ratio)
+    model = chosen.compress(teacher, data, ctx)
+    model.eval()
+    for split in ("selection", "dev"):
+        progress.stage(f"evaluate {split}", len(ctx.features[split]))
+        evaluation, frame = evaluate(
+            model,
+            splits[split],
+            ctx.features[split],
+            cell.task,
+            cell.spec.family,
+            tokenizer,
+            split=split,
+            batch_size=EVALUATION_BATCH_SIZE,
+            device=device,
+            on_batch=progress.advance,
+        )
+        result.evaluations.append(evaluation)
+    result.teacher_evaluations = [teacher_evaluation(teacher, ctx, data)]
+    path = store.predictions_path(cell.run_id)
+    content = io.BytesIO()
+    frame.to_parquet(content, index=False)
+    write_atomic(path, content.getvalue())
+    result.predictions = str(path.relative_to(store.folder))
+    progress.stage("count FLOPs", 1)
+    result.cost = measure_cost(model, teacher, ctx)
+    result.latency, result.memory = measure_speed(model, teacher, ctx)
+    result.training, result.notes, result.knob = ctx.stages, ctx.notes, ctx.knob
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise BenchError("device cuda was asked for, but torch sees no GPU; use --device cpu")
+    return wanted

@@ -1,0 +1,195 @@
+"""The one training loop: resumable to the step, in bf16 where asked, the same batches again under the same seed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bench.errors import Diverged
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train.
+
+    Attributes
+    ----------
+    steps
+        Optimiser steps.
+    lr
+        Peak learning rate of AdamW.
+    warmup
+        Steps of linear warm-up.
+    decay
+        ``"linear"`` to zero, ``"cosine"`` to zero, or ``"constant"``.
+    weight_decay, clip
+        AdamW's weight decay and the largest gradient norm.
+    precision
+        ``"bf16"`` runs forward passes under autocast; weights and optimiser stay in fp32.
+    """
+
+    steps: int
+    lr: float
+    warmup: int = 0
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    precision: Precision = "bf16"
+
+    def factor(self, step: int) -> float:
+        """Return the share of the peak learning rate at ``step`` (0-based)."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        if self.decay == "constant":
+            return 1.0
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return 1.0 - done if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+@dataclass
+class Checkpoint:
+    """Where an unfinished training is kept, and how often.
+
+    Attributes
+    ----------
+    path
+        File to write, replaced whole each time.
+    every_seconds
+        Least time between two writes.
+    """
+
+    path: Path
+    every_seconds: float = 60.0
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the saved state, or ``None`` if there is none or it cannot be used."""
+        try:
+            state = torch.load(self.path, weights_only=True, map_location="cpu")
+        except FileNotFoundError:
+            return None
+        except Exception:  # a torn or foreign file only costs the steps that it held
+            self.path.unlink(missing_ok=True)
+            return None
+        return dict(state)
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write ``state`` so that a kill leaves the old file or the new one."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        temporary.replace(self.path)
+
+
+def train(
+    losses: Callable[[int], tuple[Tensor, dict[str, float]]],
+    parameters: Iterable[nn.Parameter],
+    schedule: Schedule,
+    *,
+    seed: int,
+    device: torch.device,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+    checkpoint: Checkpoint | None = None,
+    log_every: int = 10,
+) -> list[dict[str, float]]:
+    """Train ``parameters`` and return the history.
+
+    Parameters
+    ----------
+    losses
+        Step -> (loss to minimise, its named parts). A function of the step alone but for weights and dropout, so that a
+        resumed training sees the batches that an uninterrupted one would.
+    parameters
+        What is trained.
+    schedule
+        Steps, rates, precision.
+    seed
+        Seeds dropout.
+    device
+        Where the model is.
+    on_step
+        Called after each step with its number (1-based) and loss parts.
+    checkpoint
+        Where to resume from and save to; removed by whoever stores the finished weights.
+    log_every
+        Steps between records of the history.
+
+    Returns
+    -------
+    list of dict
+        Records with ``step``, ``lr``, ``loss`` and the parts, averaged since the last record.
+
+    Raises
+    ------
+    Diverged
+        If the loss becomes NaN or infinite.
+    """
+    trained = list(parameters)
+    optimizer = torch.optim.AdamW(trained, lr=schedule.lr, weight_decay=schedule.weight_decay)
+    torch.manual_seed(seed)
+    history: list[dict[str, float]] = []
+    first = 0
+    if checkpoint and (state := checkpoint.load()):
+        first, history = int(state["step"]), list(state["history"])
+        for parameter, saved in zip(trained, state["parameters"], strict=True):
+            parameter.data.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
+    saved_at = time.monotonic()
+    sums: dict[str, float] = {}
+    for step in range(first, schedule.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.lr * schedule.factor(step)
+        with torch.autocast(device.type, torch.bfloat16, enabled=schedule.precision == "bf16"):
+            loss, parts = losses(step)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise Diverged(f"the loss became {value} at step {step + 1} of {schedule.steps} (lr {schedule.lr:g})")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, schedule.clip)
+        optimizer.step()
+        for name, number in {"loss": value, **parts}.items():
+            sums[name] = sums.get(name, 0.0) + number
+        done = step + 1
+        if done % log_every == 0 or done == schedule.steps:
+            since = done - (int(history[-1]["step"]) if history else 0)
+            record = {name: total / since for name, total in sums.items()}
+            history.append({"step": float(done), "lr": optimizer.param_groups[0]["lr"], **record})
+            sums = {}
+            # only at a record's boundary, so that the averages of a resumed history are the same
+            if checkpoint and time.monotonic() - saved_at > checkpoint.every_seconds and done < schedule.steps:
+                saved_at = time.monotonic()
+                checkpoint.save(_state(done, trained, optimizer, history, device))
+        if on_step:
+            on_step(done, {"loss": value, **parts})
+    return history
+
+
+def _state(
+    step: int,
+    trained: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    history: list[dict[str, float]],
+    device: torch.device,
+) -> dict[str, Any]:
+    state = {
+        "step": step,
+        "parameters": [p.detach() for p in trained],
+        "optimizer": optimizer.state_dict(),
+        "history": history,
+        "rng": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda_rng"] = torch.cuda.get_rng_state(device)
+    return state

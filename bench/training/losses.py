@@ -1,0 +1,157 @@
+"""Distillation losses as named parts, whose mix is configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.backbones.model import TaskOutput
+from bench.errors import unknown
+from bench.tasks.spec import Kind
+
+PARTS = ("last_hidden", "all_hidden", "released_hidden", "logits", "task")
+"""Names of the loss parts; see ``distillation_losses``."""
+
+
+def parse_mix(mix: str) -> dict[str, float]:
+    """Read a mix such as ``"all_hidden=1,logits=1"``.
+
+    Raises
+    ------
+    ConfigError
+        If a part is unknown.
+    """
+    weights: dict[str, float] = {}
+    for item in filter(None, (part.strip() for part in mix.split(","))):
+        name, _, weight = item.partition("=")
+        if name not in PARTS:
+            raise unknown("loss part", name, PARTS)
+        weights[name] = float(weight or 1.0)
+    return weights
+
+
+def distillation_losses(
+    weights: Mapping[str, float],
+    kind: Kind | None,
+    student: TaskOutput,
+    teacher: TaskOutput,
+    mask: Tensor,
+    labels: Mapping[str, Tensor],
+    temperature: float = 1.0,
+) -> dict[str, Tensor]:
+    """Compute each part that has a weight.
+
+    Parts
+    -----
+    last_hidden
+        Mean squared error of the last encoder (and decoder) hidden states over real tokens, in units of the
+        teacher's variance.
+    all_hidden
+        The same, averaged over all encoder layers (and the last decoder layer).
+    released_hidden
+        As in the released code: MSE of the last encoder plus the last decoder hidden state, padding multiplied by
+        zero and the mean taken over every position.
+    logits
+        KL(teacher || student) at ``temperature``, times its square; mean squared error for regression.
+    task
+        The task's own loss on the labels.
+
+    Parameters
+    ----------
+    weights
+        Part -> weight, as ``parse_mix`` returns.
+    kind
+        Kind of the task; ``None`` in pre-training, where ``logits`` and ``task`` have no meaning.
+    student, teacher
+        Outputs on the same batch, with hidden states.
+    mask
+        True at real tokens, (batch, n).
+    labels
+        Label tensors of the batch.
+
+    Returns
+    -------
+    dict
+        Part -> scalar loss, unweighted.
+    """
+    losses: dict[str, Tensor] = {}
+    for part, weight in weights.items():
+        if weight == 0.0:
+            continue
+        if part == "last_hidden":
+            losses[part] = _hidden(student, teacher, mask, slice(-1, None))
+        elif part == "all_hidden":
+            losses[part] = _hidden(student, teacher, mask, slice(None))
+        elif part == "released_hidden":
+            losses[part] = _released(student, teacher, mask)
+        elif kind is None:
+            continue
+        elif part == "logits":
+            losses[part] = _logits(kind, student.logits, teacher.logits, mask, labels, temperature)
+        elif part == "task":
+            losses[part] = task_loss(kind, student.logits, labels)
+    return losses
+
+
+def _relative_mse(student: Tensor, teacher: Tensor, keep: Tensor) -> Tensor:
+    s, t = student[keep].float(), teacher[keep].float()
+    return F.mse_loss(s, t) / (t - t.mean(0)).square().mean().clamp_min(1e-12)
+
+
+def _hidden(student: TaskOutput, teacher: TaskOutput, mask: Tensor, which: slice) -> Tensor:
+    parts = [
+        _relative_mse(s, t, mask)
+        for s, t in zip(student.encoder_hidden[which], teacher.encoder_hidden[which], strict=True)
+    ]
+    loss = torch.stack(parts).mean()
+    if student.decoder_hidden is not None and teacher.decoder_hidden is not None:
+        everywhere = torch.ones(student.decoder_hidden.shape[:2], dtype=torch.bool, device=mask.device)
+        loss = loss + _relative_mse(student.decoder_hidden, teacher.decoder_hidden, everywhere)
+    return loss
+
+
+def _released(student: TaskOutput, teacher: TaskOutput, mask: Tensor) -> Tensor:
+    real = mask.unsqueeze(-1).float()
+    loss = F.mse_loss(student.encoder_hidden[-1].float() * real, teacher.encoder_hidden[-1].float() * real)
+    if student.decoder_hidden is not None and teacher.decoder_hidden is not None:
+        loss = loss + F.mse_loss(student.decoder_hidden.float(), teacher.decoder_hidden.float())
+    return loss
+
+
+def _logits(
+    kind: Kind, student: Tensor, teacher: Tensor, mask: Tensor, labels: Mapping[str, Tensor], temperature: float
+) -> Tensor:
+    s, t = student.float(), teacher.float()
+    if kind == "regression":
+        return F.mse_loss(s, t)
+    if kind == "qa" and "labels" in labels:
+        keep = labels["labels"] != -100
+        s, t = s[keep], t[keep]
+    elif kind == "qa":
+        s, t = (x.masked_fill(~mask.unsqueeze(-1), -1e4).transpose(1, 2).flatten(0, 1) for x in (s, t))
+    log_s, log_t = (s / temperature).log_softmax(-1), (t / temperature).log_softmax(-1)
+    return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * temperature**2
+
+
+def task_loss(kind: Kind, logits: Tensor, labels: Mapping[str, Tensor]) -> Tensor:
+    """Return the task's own loss on its labels.
+
+    Parameters
+    ----------
+    kind
+        Kind of the task.
+    logits
+        As in ``TaskOutput``.
+    labels
+        ``labels``, or for span QA ``start_positions`` and ``end_positions``.
+    """
+    logits = logits.float()
+    if kind == "regression":
+        return F.mse_loss(logits.squeeze(-1), labels["labels"].float())
+    if kind == "qa" and "start_positions" in labels:
+        start = F.cross_entropy(logits[..., 0], labels["start_positions"])
+        return (start + F.cross_entropy(logits[..., 1], labels["end_positions"])) / 2
+    return F.cross_entropy(logits.flatten(0, -2), labels["labels"].flatten(), ignore_index=-100)

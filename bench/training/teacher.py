@@ -1,0 +1,126 @@
+"""Fine-tune a backbone on a task; the teacher that all methods of the same (backbone, task, seed) share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bench.backbones.load import load_task_model
+from bench.backbones.model import TaskModel
+from bench.context import RunContext, Teacher
+from bench.results import Evaluation
+from bench.tasks.data import TaskData
+from bench.tasks.evaluation import evaluate
+from bench.training.loop import Schedule
+from bench.training.losses import task_loss
+from bench.training.stage import Batch, FeatureBatches, label_inputs, model_inputs, run_stage
+
+WEIGHTS_FILE = "teacher.safetensors"
+LORA_TARGETS = {"bert": ["query", "value"], "t5": ["q", "v"]}
+
+
+def get_teacher(ctx: RunContext) -> Teacher:
+    """Return the teacher of this run, training it if no run has yet."""
+    identity = ctx.config.teacher_identity(ctx.revisions["data"], ctx.revisions["model"])
+
+    def make(folder: Path, checkpoint: Path) -> Mapping[str, Any]:
+        model = _fresh(ctx)
+        stage = _fine_tune(model, ctx, checkpoint)
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        # with LoRA a task is its adapter and head alone; the backbone's own weights are not stored again
+        tensors = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items() if n in trained}
+        save_file(_untied(tensors), folder / WEIGHTS_FILE)
+        return {"stages": [stage | {"artifact": ctx.cache.key("teacher", identity)}]}
+
+    artifact = ctx.cache.get("teacher", identity, make, ctx.progress.message)
+    ctx.record(artifact)
+    model = _fresh(ctx)
+    model.load_state_dict(load_file(artifact.folder / WEIGHTS_FILE), strict=False)
+    if ctx.config.teacher_lora:
+        # merged for the run: the teacher then costs exactly what the backbone costs
+        _merge_lora(model)
+    model.to(ctx.device).eval().requires_grad_(False)
+    return Teacher(model, artifact)
+
+
+def teacher_evaluation(teacher: Teacher, ctx: RunContext, data: TaskData) -> Evaluation:
+    """Return the teacher's evaluation on dev, made once for all methods that it teaches."""
+    identity = {"teacher": teacher.artifact.key, "dev_examples": ctx.config.dev_examples}
+
+    def make(folder: Path, checkpoint: Path) -> Mapping[str, Any]:
+        ctx.progress.stage("evaluate teacher", len(ctx.features["dev"]))
+        evaluation, _ = evaluate(
+            teacher.model,
+            data.dev,
+            ctx.features["dev"],
+            ctx.task,
+            ctx.spec.family,
+            ctx.tokenizer,
+            device=ctx.device,
+            on_batch=ctx.progress.advance,
+        )
+        return evaluation.model_dump(mode="json")
+
+    return Evaluation.model_validate(ctx.cache.get("evaluation", identity, make, ctx.progress.message).meta)
+
+
+def _fresh(ctx: RunContext) -> TaskModel:
+    config = ctx.config
+    model = load_task_model(config.backbone, ctx.spec, ctx.task, ctx.tokenizer, config.seed)
+    if config.teacher_lora:
+        from peft import LoraConfig, get_peft_model
+
+        heads = ["classifier", "qa_outputs", "pooler"] if ctx.spec.family == "bert" else None
+        present = [h for h in heads or [] if any(n.split(".")[-1] == h for n, _ in model.model.named_modules())]
+        lora = LoraConfig(r=16, lora_alpha=32, target_modules=LORA_TARGETS[ctx.spec.family], modules_to_save=present)
+        model.model = get_peft_model(model.model, lora)
+    return model.to(ctx.device)
+
+
+def _merge_lora(model: TaskModel) -> None:
+    model.model = model.model.merge_and_unload()
+
+
+def _fine_tune(model: TaskModel, ctx: RunContext, checkpoint: Path) -> dict[str, Any]:
+    config = ctx.config
+    batches = FeatureBatches(
+        ctx.features["train"], config.teacher_batch_size, ctx.tokenizer.pad_token_id, config.seed, ctx.device
+    )
+    steps = max(1, round(config.teacher_epochs * batches.order.batches_per_epoch))
+    schedule = Schedule(
+        steps=steps,
+        lr=config.teacher_lr,
+        warmup=round(config.teacher_warmup * steps),
+        decay=config.teacher_decay,
+        weight_decay=config.teacher_weight_decay,
+        clip=config.teacher_clip,
+        precision=config.precision,
+    )
+    model.train()
+
+    def losses(batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        loss = task_loss(ctx.task.kind, model(**model_inputs(batch)).logits, label_inputs(batch))
+        return loss, {}
+
+    return run_stage(
+        "teacher",
+        losses,
+        [p for p in model.parameters() if p.requires_grad],
+        batches,
+        schedule,
+        spec=ctx.spec,
+        passes=3,
+        seed=config.seed,
+        progress=ctx.progress,
+        checkpoint=checkpoint,
+    )
+
+
+def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop all but the first name of tensors that share storage, as safetensors wants."""
+    seen: dict[int, str] = {}
+    return {n: t for n, t in tensors.items() if seen.setdefault(t.data_ptr(), n) == n}

@@ -1,0 +1,108 @@
+"""Tiny random checkpoints, tasks and runs: everything that the library reads from a disk, written in milliseconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from transformers import BertForSequenceClassification, T5ForConditionalGeneration
+
+from bench.config import RunConfig
+from bench.plugins.plugin import Plugin
+from tests.tiny import WORDS, bert_tokenizer, t5_tokenizer, tiny_bert_config, tiny_t5_config
+
+Family = Literal["bert", "t5"]
+FAMILIES: tuple[Family, ...] = ("bert", "t5")
+
+QUICK = {
+    "teacher_epochs": 1.0,
+    "teacher_batch_size": 16,
+    "teacher_lr": 1e-3,
+    "steps": 6,
+    "batch_size": 8,
+    "precision": "fp32",
+    "bottleneck": 8,
+}
+"""Settings of a run of a second or two."""
+
+
+def tiny_model(family: Family, seed: int = 0, **changes: Any) -> Any:
+    """Return a random transformers model with its head, in evaluation mode.
+
+    Weights are large and norms are not the identity, so that a wrong term shows in the output.
+    """
+    torch.manual_seed(seed)
+    model = (
+        BertForSequenceClassification(tiny_bert_config(**changes))
+        if family == "bert"
+        else T5ForConditionalGeneration(tiny_t5_config(**changes))
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name.lower():
+                parameter.copy_(torch.rand_like(parameter) + 0.5)
+            elif family == "bert":
+                parameter.copy_(torch.randn_like(parameter) * 0.15)
+    return model.eval()
+
+
+def tiny_checkpoint(folder: Path, family: Family, seed: int = 0, **changes: Any) -> Path:
+    """Save a random model and its tokenizer as a checkpoint that ``load_task_model`` reads."""
+    tiny_model(family, seed, **changes).save_pretrained(folder)
+    (bert_tokenizer() if family == "bert" else t5_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def random_plugin(model: nn.Module, k: int, seed: int = 1, std: float = 0.2, **settings: Any) -> Plugin:
+    """Return a plugin that fits ``model``, every parameter random and large enough to matter."""
+    plugin = Plugin.for_model(model, k, **{"bottleneck": 8, **settings}).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in plugin.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return plugin
+
+
+def tokens(batch: int, n: int, seed: int = 0) -> Tensor:
+    """Return random ids of words, (batch, n)."""
+    return torch.randint(5, 60, (batch, n), generator=torch.Generator().manual_seed(seed))
+
+
+def encode_hidden(model: Any, **inputs: Tensor) -> Tensor:
+    """Return the encoder's output, (batch, n, d)."""
+    encoder = model.bert if hasattr(model, "bert") else model.encoder
+    hidden: Tensor = encoder(**inputs).last_hidden_state
+    return hidden
+
+
+def task_file(folder: Path, examples: int = 60, **changes: Any) -> Path:
+    """Write a task of one's own, two classes that a word tells apart, and return its YAML file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, seed in (("train", 0), ("dev", 1)):
+        rng = np.random.default_rng(seed)
+        labels = rng.integers(0, 2, examples)
+        texts = [
+            " ".join([*rng.choice(WORDS[:20], size=int(n)), "good" if label else "bad"])
+            for n, label in zip(rng.integers(1, 14, examples), labels, strict=True)
+        ]
+        pd.DataFrame({"text": texts, "label": labels}).to_csv(folder / f"{split}.csv", index=False)
+    lines = {
+        "train": "train.csv",
+        "dev": "dev.csv",
+        "labels": "[bad, good]",
+        "prompt": '"{text} <extra_id_0>"',
+        "max_length": 32,
+        **changes,
+    }
+    path = folder / "mood.yaml"
+    path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
+    return path
+
+
+def quick_config(task: Path, backbone: Path, **values: Any) -> RunConfig:
+    """Return a run of a second or two on a tiny task and checkpoint."""
+    return RunConfig.build({**QUICK, "task": str(task), "backbone": str(backbone), **values})
