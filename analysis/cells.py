@@ -81,7 +81,8 @@ def _with_teachers(done: pd.DataFrame) -> pd.DataFrame:
     have = set(done.loc[done["method"] == DENSE, where].itertuples(index=False, name=None))
     teachers = done[done["teacher_score"].notna()].drop_duplicates([*where, "teacher_score"])
     teachers = teachers.drop_duplicates(where, keep=False)  # of several teachers, none is the dense point
-    teachers = teachers[[key not in have for key in teachers[where].itertuples(index=False, name=None)]]
+    lacking = [key not in have for key in teachers[where].itertuples(index=False, name=None)]
+    teachers = teachers[np.array(lacking, dtype=bool)]
     kept = teachers[[*where, "metric", "n_examples", "teacher_score", "interval_level"]].assign(
         run_id="", method=DENSE, series=DENSE, ratio=np.nan, score=teachers["teacher_score"], drop=0.0,
         example_low=teachers["teacher_low"], example_high=teachers["teacher_high"],

@@ -30,10 +30,11 @@ class Display:
 
     def __init__(self, cells: Sequence[PlannedCell], rate: float | None, console: Console) -> None:
         self.console, self.rate = console, rate or DEFAULT_RATE
-        self.pending = {c.config.label: c for c in cells if c.state not in ("done", "skipped", "error")}
+        self.cells = list(cells)
+        self.pending = {i: c for i, c in enumerate(cells) if c.state not in ("done", "skipped", "error")}
         self.total = len(self.pending)
         self.finished = 0
-        self.cell = self.name = ""
+        self.index, self.name = -1, ""
         self.steps = self.done = 0
         self.weight = self.flops_done = self.seconds = self.cell_flops = 0.0
         self.began = self.line_at = time.monotonic()
@@ -58,18 +59,23 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self.live.stop()
 
-    def begin(self, label: str) -> None:
-        """Start a cell."""
-        self.cell, self.cell_flops = label, 0.0
+    @property
+    def cell(self) -> str:
+        """Label of the current cell."""
+        return self.cells[self.index].config.label
 
-    def finish(self, label: str, status: str) -> None:
-        """End a cell."""
-        if self.pending.pop(label, None) is None:
+    def begin(self, index: int) -> None:
+        """Start a cell of the plan."""
+        self.index, self.cell_flops = index, 0.0
+
+    def finish(self, index: int, status: str) -> None:
+        """End a cell of the plan."""
+        if self.pending.pop(index, None) is None:
             return
         self.finished += 1
         if self.overall is not None:
             self.live.update(self.overall, completed=self.finished, info=self._left())
-        self.message(f"{label}: {status} ({self.finished} of {self.total}, {self._left()})")
+        self.message(f"{self.cells[index].config.label}: {status} ({self.finished} of {self.total}, {self._left()})")
 
     def stage(self, name: str, total: int, weight: float = 0.0) -> None:
         """Begin a stage of the current cell."""
@@ -113,8 +119,8 @@ class Display:
         if self.seconds + elapsed > 5.0 and self.flops_done + running:
             rate = (self.flops_done + running) / (self.seconds + elapsed)
         flops = sum(c.flops for c in self.pending.values())
-        if self.cell in self.pending:
-            flops -= min(self.pending[self.cell].flops, self.cell_flops + running)
+        if self.index in self.pending:
+            flops -= min(self.pending[self.index].flops, self.cell_flops + running)
         seconds = flops / rate + SECONDS_PER_CELL * len(self.pending)
         return f"about {clock(seconds)} left" if self.pending else "done"
 

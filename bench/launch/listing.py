@@ -134,11 +134,11 @@ def run_and_print(
     rate = observed_rate(store) if any(cell.flops for cell in cells) else None
     with Display(cells, rate, console(stderr=True)) as display:
 
-        def on_cell(config: RunConfig, result: RunResult | None) -> None:
+        def on_cell(index: int, result: RunResult | None) -> None:
             if result is None:
-                display.begin(config.label)
+                display.begin(index)
             else:
-                display.finish(config.label, result.status)
+                display.finish(index, result.status)
 
         results, failures = run_all(configs, store, where, mode, display, on_cell)
     out = console()

@@ -19,7 +19,7 @@ def run_all(
     where: Surroundings,
     mode: Mode,
     progress: Progress,
-    on_cell: Callable[[RunConfig, RunResult | None], None] = lambda config, result: None,
+    on_cell: Callable[[int, RunResult | None], None] = lambda index, result: None,
 ) -> tuple[list[RunResult], list[Failure]]:
     """Run every cell; one that fails does not end the others.
 
@@ -28,7 +28,7 @@ def run_all(
     configs, store, where, mode, progress
         As for ``bench.runner.run``.
     on_cell
-        Called before each cell without a result, and after it with one.
+        Called with a cell's index before it without a result, and after it with one.
 
     Returns
     -------
@@ -37,8 +37,8 @@ def run_all(
     """
     results: list[RunResult] = []
     failures: list[Failure] = []
-    for config in configs:
-        on_cell(config, None)
+    for index, config in enumerate(configs):
+        on_cell(index, None)
         try:
             result = run(config, store, where, mode, progress)
         except BenchError as error:
@@ -49,5 +49,5 @@ def run_all(
         if result.status in ("failed", "diverged", "interrupted"):
             failures.append((config, f"{result.status}: {result.reason}"))
             progress.message(f"{config.label}: {result.status}: {result.reason}")
-        on_cell(config, result)
+        on_cell(index, result)
     return results, failures
