@@ -22,21 +22,21 @@ def caveats(study: Study, table: pd.DataFrame) -> list[str]:
         Its cells, as :func:`analysis.cells.cells` gives them.
     """
     done = study.done
-    lines = [_subsampling(done), _dev_sizes(done), _seeds(table), _hardware(done), _commits(done)]
+    lines = [*_subsampling(done), _dev_sizes(done), _seeds(table), _hardware(done), _commits(done)]
     lines += [f"{task}: {text}" for (task, text), _ in done[done["caveat"] != ""].groupby(["task", "caveat"])]
     lines += [off_target_note(table), _incomplete(table), _levels(done)]
     lines += [_not_done(study.frame), _left_out(study.problems)]
     return [line for line in lines if line]
 
 
-def _subsampling(done: pd.DataFrame) -> str:
+def _subsampling(done: pd.DataFrame) -> list[str]:
     lines = []
     for option, what in (("train_examples", "Trained"), ("dev_examples", "Evaluated")):
         sizes = pd.to_numeric(done.get(f"option.{option}", pd.Series(dtype=float)), errors="coerce")
         limited = [f"{task} ({_spread(rows)})" for task, rows in sizes[sizes > 0].groupby(done["task"])]
         if limited:
             lines.append(f"{what} on a sub-sample of the examples, not on all: {', '.join(limited)}.")
-    return " ".join(lines)
+    return lines
 
 
 def _dev_sizes(done: pd.DataFrame) -> str:
@@ -56,7 +56,7 @@ def _seeds(table: pd.DataFrame) -> str:
 def _hardware(done: pd.DataFrame) -> str:
     seen = done[["hardware", "device", "threads"]].drop_duplicates().itertuples(index=False, name=None)
     machines = sorted(f"{name} ({device}, {words.plural(threads, 'thread')})" for name, device, threads in seen)
-    several = " Latency ratios of different machines are averaged." if len(machines) > 1 else ""
+    several = " Latency ratios from different set-ups do not compare." if len(machines) > 1 else ""
     return f"Measured on {'; '.join(machines)}.{several}"
 
 

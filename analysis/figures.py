@@ -129,7 +129,7 @@ def overview_figure(table: pd.DataFrame, names: dict[str, str], styles: dict[str
         axes.set_ylabel(f"{names[backbone]}\n{label}" if task == tasks[0] else label, fontsize=7)
         axes.margins(y=0.1)
         axes.tick_params(labelbottom=True)
-    grid[0, 0].set_xlim(table["remaining"].min() * 100 - 6, 105)
+    grid[0, 0].set_xlim(100 * table["remaining"].min() - 6, 100 * max(1.0, table["remaining"].max()) + 5)
     figure.supxlabel(X_LABEL, fontsize=8)
     legend(figure, styles, "outside upper center", figure.get_figwidth())
     return figure
@@ -202,8 +202,8 @@ def _saved(remaining: ArrayLike) -> Array:
 
 def _frame(axes: Axes, rows: pd.DataFrame, room_for_names: float) -> None:
     """Set limits that leave room for the names of series at the cheap end, and for the guides' labels on top."""
-    cheapest = 100 * rows["remaining"].min()
-    axes.set_xlim(cheapest - room_for_names * (104 - cheapest), 104)
+    cheapest, dearest = rows["x"].min(), max(100.0, rows["x"].max()) + 4
+    axes.set_xlim(cheapest - room_for_names * (dearest - cheapest), dearest)
     low, high = rows["low"].min(), rows["high"].max()
     span = max(high - low, 1.0)
     axes.set_ylim(low - 0.06 * span, high + 0.14 * span)
@@ -213,8 +213,8 @@ def _frame(axes: Axes, rows: pd.DataFrame, room_for_names: float) -> None:
 def _guides(axes: Axes, rows: pd.DataFrame) -> dict[float, float]:
     """Mark where each ratio asks to be; return ratio -> percent for the guides that were drawn."""
     means = {ratio: 100 * same["requested_remaining"].mean() for ratio, same in groups(rows, "ratio")}
-    asked = {ratio: x for ratio, x in means.items() if not np.isnan(x)}
     left, right = axes.get_xlim()
+    asked = {ratio: x for ratio, x in means.items() if left < x < right}
     row_ends: list[float] = []
     for ratio, x in sorted(asked.items(), key=lambda item: item[1]):
         axes.axvline(x, color=FAINT, lw=0.6, ls=(0, (2, 3)), zorder=0.5)

@@ -30,8 +30,8 @@ NOTES = (
     "A latency ratio is the median of compressed / dense over interleaved timings: below 1 is faster.",
     "p compares with the dense teachers of the same seeds on the same examples: McNemar's exact test for the accuracy "
     "of one seed, else a paired bootstrap of the score.",
-    "Bold is the best score of a column at equal ratio.",
 )
+BOLD = "Bold is the best score of a column at equal ratio."
 
 
 def write_tables(study: Study, table: pd.DataFrame, predictions: Predictions) -> list[Path]:
@@ -91,7 +91,8 @@ def summary_markdown(study: Study, table: pd.DataFrame) -> str:
     """Write the summary that a stranger reads: conventions, an overview and the details for each backbone."""
     names = words.short_names(table["backbone"])
     text = [f"# {markdown_escape(study.name)}\n"]
-    text += [f"- {markdown_escape(note)}" for note in (*NOTES, *caveats(study, table))]
+    notes = [*NOTES, *([BOLD] if table["best"].any() else []), *caveats(study, table)]
+    text += [f"- {markdown_escape(note)}" for note in notes]
     current = None
     for backbone, task, rows in blocks(table):
         if backbone != current:
@@ -111,7 +112,7 @@ def summary_latex(study: Study, table: pd.DataFrame) -> str:
     parts += [f"% {latex_escape(line)}" for line in caveats(study, table)]
     for backbone in sorted(names):
         headers, layout = overview(study, table, backbone)
-        caption = f"{names[backbone]}: scores on dev (×100). {words.CONVENTION} {NOTES[-1]}"
+        caption = f"{names[backbone]}: scores on dev (×100). {words.CONVENTION} {BOLD}"
         parts.append(latex_table(headers, layout, caption, f"tab:{words.slug(names[backbone])}"))
     for backbone, task, rows in blocks(table):
         headers, details = detail(rows, narrow=True)

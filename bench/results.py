@@ -19,7 +19,7 @@ Status = Literal["running", "done", "failed", "diverged", "skipped", "interrupte
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=True)
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
 
 class Interval(_Model):

@@ -41,6 +41,7 @@ _FILES = [
     "vocab*",
     "spiece.model",
 ]
+_PICKLED = "pytorch_model*"
 
 
 def local_folder(name: str) -> Path | None:
@@ -59,7 +60,10 @@ def local_folder(name: str) -> Path | None:
     if not embedded or not found or not found.origin:
         return None
     folder = Path(found.origin).parent / embedded.folder
-    actual = file_digest(folder / "model.safetensors")
+    try:
+        actual = file_digest(folder / "model.safetensors")
+    except OSError as error:
+        actual = f"that cannot be read ({error.strerror})"
     if actual != embedded.sha256:
         raise BackboneError(
             f"the weights of '{name}' in {folder} have sha256 {actual}, expected {embedded.sha256}; "
@@ -71,14 +75,13 @@ def local_folder(name: str) -> Path | None:
 def model_revision(name: str) -> str:
     """Return what identifies the weights of ``name``, independent of where they lie.
 
-    ``sha256:...`` over config and weights of a local folder, ``hub:<id>@main`` for the Hub.
+    ``sha256:...`` over config, weights and tokenizer of a local folder, ``hub:<id>@main`` for the Hub.
     """
     folder = local_folder(name)
     if folder is None:
         return f"hub:{resolve_config(name)[0]}@main"
-    weights = sorted(p for p in folder.iterdir() if p.name == "config.json" or p.suffix in (".safetensors", ".bin"))
     total = hashlib.sha256()
-    for path in weights:
+    for path in sorted({path for pattern in (*_FILES, _PICKLED) for path in folder.glob(pattern)}):
         total.update(f"{path.name}:{file_digest(path)}\n".encode())
     return f"sha256:{total.hexdigest()}"
 
@@ -110,7 +113,7 @@ def fetch(name: str) -> Path:
         get_hf_file_metadata(hf_hub_url(hub, "config.json"), timeout=TIMEOUT_SECONDS)
         path = Path(snapshot_download(hub, allow_patterns=_FILES))
         if not any(path.glob("*.safetensors")):
-            path = Path(snapshot_download(hub, allow_patterns=[*_FILES, "pytorch_model*"]))
+            path = Path(snapshot_download(hub, allow_patterns=[*_FILES, _PICKLED]))
         return path
     except Exception as error:
         extra = (

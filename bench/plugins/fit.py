@@ -52,7 +52,8 @@ def fit_least_squares(
     """
     inputs = list(batches)
     for pair in plugin.pairs:
-        for parameter in pair.parameters():
+        # with no way out of the adapter what is in it plays no part; units beyond the rank stay random, and can learn
+        for parameter in (*pair.score.parameters(), *pair.w2.parameters()):
             nn.init.zeros_(parameter)
     student = share_weights(model)
     bank = PluginBank([plugin])
@@ -67,7 +68,7 @@ def fit_least_squares(
 def _fit_pair(
     layer: CompressedFFN, pair: CompressionPair, student: nn.Module, inputs: list[Mapping[str, Tensor]]
 ) -> None:
-    d, rank = pair.d_model, pair.w2.in_features
+    d, rank = pair.d_model, min(pair.w2.in_features, pair.d_model)
     device = pair.w2.weight.device
     gram = torch.zeros(2 * d + 1, 2 * d + 1, dtype=torch.float64, device=device)
     cross = torch.zeros(2 * d + 1, d, dtype=torch.float64, device=device)
@@ -95,10 +96,10 @@ def _fit_pair(
     spread = (basis.T @ explained @ basis).diagonal().div(gram[-1, -1]).sqrt().clamp_min(1e-8)
     scale = _LINEAR_RANGE / spread
     down = (full @ basis) * scale
-    pair.w1_y.weight.copy_(down[:d].T)
-    pair.w1_u.weight.copy_(down[d:-1].T)
-    pair.w1_u.bias.copy_(down[-1])
-    pair.w2.weight.copy_(basis / scale)
+    pair.w1_y.weight[:rank] = down[:d].T
+    pair.w1_u.weight[:rank] = down[d:-1].T
+    pair.w1_u.bias[:rank] = down[-1]
+    pair.w2.weight[:, :rank] = basis / scale
     pair.w2.bias.copy_(full[-1] - basis @ (basis.T @ full[-1]))
 
 

@@ -14,7 +14,8 @@ from bench.plugins.bank import PluginBank
 from bench.plugins.plugin import Plugin
 from bench.tasks.spec import Kind
 from bench.training.loop import Schedule
-from bench.training.losses import distillation_losses, parse_mix
+from bench.training.losses import distillation_losses
+from bench.training.mix import HIDDEN_PARTS, PARTS, parse_mix
 from bench.training.stage import Batch, FeatureBatches, label_inputs, model_inputs, run_stage
 
 
@@ -60,7 +61,7 @@ def distill_plugin(
     dict
         The fields of a ``TrainingStage``.
     """
-    weights = parse_mix(mix)
+    weights = parse_mix(mix, PARTS if kind else HIDDEN_PARTS)
     student = attach_for_good(model, plugin)
     plugin.requires_grad_(True)
 

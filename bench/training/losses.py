@@ -9,28 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.backbones.model import TaskOutput
-from bench.errors import unknown
+from bench.tasks.features import IGNORED
 from bench.tasks.spec import Kind
-
-PARTS = ("last_hidden", "all_hidden", "released_hidden", "logits", "task")
-"""Names of the loss parts; see ``distillation_losses``."""
-
-
-def parse_mix(mix: str) -> dict[str, float]:
-    """Read a mix such as ``"all_hidden=1,logits=1"``.
-
-    Raises
-    ------
-    ConfigError
-        If a part is unknown.
-    """
-    weights: dict[str, float] = {}
-    for item in filter(None, (part.strip() for part in mix.split(","))):
-        name, _, weight = item.partition("=")
-        if name not in PARTS:
-            raise unknown("loss part", name, PARTS)
-        weights[name] = float(weight or 1.0)
-    return weights
 
 
 def distillation_losses(
@@ -47,10 +27,10 @@ def distillation_losses(
     Parts
     -----
     last_hidden
-        Mean squared error of the last encoder (and decoder) hidden states over real tokens, in units of the
-        teacher's variance.
+        Mean squared error of the last encoder hidden states over real tokens, in units of the teacher's variance; plus
+        that of the last decoder hidden states where there is a decoder.
     all_hidden
-        The same, averaged over all encoder layers (and the last decoder layer).
+        The same with the encoder's share averaged over all its layers.
     released_hidden
         As in the released code: MSE of the last encoder plus the last decoder hidden state, padding multiplied by
         zero and the mean taken over every position.
@@ -62,7 +42,7 @@ def distillation_losses(
     Parameters
     ----------
     weights
-        Part -> weight, as ``parse_mix`` returns.
+        Part -> weight, as ``bench.training.mix.parse_mix`` returns.
     kind
         Kind of the task; ``None`` in pre-training, where ``logits`` and ``task`` have no meaning.
     student, teacher
@@ -78,13 +58,11 @@ def distillation_losses(
         Part -> scalar loss, unweighted.
     """
     losses: dict[str, Tensor] = {}
-    for part, weight in weights.items():
-        if weight == 0.0:
-            continue
+    for part in weights:
         if part == "last_hidden":
-            losses[part] = _hidden(student, teacher, mask, slice(-1, None))
+            losses[part] = _hidden(student, teacher, mask, labels, slice(-1, None))
         elif part == "all_hidden":
-            losses[part] = _hidden(student, teacher, mask, slice(None))
+            losses[part] = _hidden(student, teacher, mask, labels, slice(None))
         elif part == "released_hidden":
             losses[part] = _released(student, teacher, mask)
         elif kind is None:
@@ -101,15 +79,20 @@ def _relative_mse(student: Tensor, teacher: Tensor, keep: Tensor) -> Tensor:
     return F.mse_loss(s, t) / (t - t.mean(0)).square().mean().clamp_min(1e-12)
 
 
-def _hidden(student: TaskOutput, teacher: TaskOutput, mask: Tensor, which: slice) -> Tensor:
+def _hidden(
+    student: TaskOutput, teacher: TaskOutput, mask: Tensor, labels: Mapping[str, Tensor], which: slice
+) -> Tensor:
     parts = [
         _relative_mse(s, t, mask)
         for s, t in zip(student.encoder_hidden[which], teacher.encoder_hidden[which], strict=True)
     ]
     loss = torch.stack(parts).mean()
     if student.decoder_hidden is not None and teacher.decoder_hidden is not None:
-        everywhere = torch.ones(student.decoder_hidden.shape[:2], dtype=torch.bool, device=mask.device)
-        loss = loss + _relative_mse(student.decoder_hidden, teacher.decoder_hidden, everywhere)
+        targets = labels.get("labels")
+        # target ids are padded with -100; a cloze has two decoder positions, both real, and one label an example
+        real = torch.ones_like(student.decoder_hidden[..., 0], dtype=torch.bool)
+        real = targets != IGNORED if targets is not None and targets.dim() == 2 else real
+        loss = loss + _relative_mse(student.decoder_hidden, teacher.decoder_hidden, real)
     return loss
 
 
@@ -128,7 +111,7 @@ def _logits(
     if kind == "regression":
         return F.mse_loss(s, t)
     if kind == "qa" and "labels" in labels:
-        keep = labels["labels"] != -100
+        keep = labels["labels"] != IGNORED
         s, t = s[keep], t[keep]
     elif kind == "qa":
         s, t = (x.masked_fill(~mask.unsqueeze(-1), -1e4).transpose(1, 2).flatten(0, 1) for x in (s, t))
@@ -154,4 +137,4 @@ def task_loss(kind: Kind, logits: Tensor, labels: Mapping[str, Tensor]) -> Tenso
     if kind == "qa" and "start_positions" in labels:
         start = F.cross_entropy(logits[..., 0], labels["start_positions"])
         return (start + F.cross_entropy(logits[..., 1], labels["end_positions"])) / 2
-    return F.cross_entropy(logits.flatten(0, -2), labels["labels"].flatten(), ignore_index=-100)
+    return F.cross_entropy(logits.flatten(0, -2), labels["labels"].flatten(), ignore_index=IGNORED)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.backbones.spec import BackboneSpec
 from bench.measure.closed_form import encoder
 from bench.progress import Progress
-from bench.backbones.spec import BackboneSpec
 from bench.tasks.batching import LengthBatches
 from bench.tasks.features import Feature, collate
 from bench.training.loop import Checkpoint, Schedule, train
@@ -30,7 +30,6 @@ class FeatureBatches:
     ) -> None:
         self.features, self.pad_token_id, self.device, self.batch_size = features, pad_token_id, device, batch_size
         self.order = LengthBatches([len(f["input_ids"]) for f in features], batch_size, seed)
-        self.seen = 0
 
     def __call__(self, step: int) -> Batch:
         """Return the padded batch of ``step`` (0-based)."""

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import warnings
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -113,6 +114,21 @@ def test_points_off_their_ratios_guide_are_labelled_with_it(table):
     shown = [text.get_text() for text in figure.axes[0].texts]
     # pruning and distillation missed their target by more than the guide's reach, the others stand on it
     assert sorted(t for t in shown if t.startswith("k=")) == ["k=2", "k=2", "k=4", "k=4", "k=8", "k=8"]
+
+
+@pytest.mark.parametrize("remaining", [0.96, 1.07])
+def test_a_target_that_was_missed_by_far_does_not_tear_the_layout(tmp_path, remaining):
+    table = cells(read_study(write_runs(tmp_path, [make_run(remaining=remaining), make_run("rte", remaining=0.3)])))
+    with mpl.rc_context(RC), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = pareto_figure(table[table["task"] == "sst2"], "base", looks(table["series"]))
+    axes = figure.axes[0]
+    left, right = axes.get_xlim()
+    assert left < min(100, 100 * remaining) and max(100, 100 * remaining) < right
+    frame = axes.get_window_extent()
+    assert "k=4" in {text.get_text() for text in axes.texts}
+    for text, box in boxes_of(figure, axes.texts).items():
+        assert frame.x0 <= box.x0 and box.x1 <= frame.x1, text.get_text()
 
 
 def test_long_names_go_to_a_legend(tmp_path):

@@ -1,0 +1,138 @@
+"""The closed-form start against reduced-rank regression in NumPy, and against a random start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bench.backbones.sites import digest
+from bench.plugins.fit import fit_least_squares
+from bench.plugins.plugin import Plugin
+from tests.checkpoints import FAMILIES, Family, encode_hidden, random_plugin, tiny_model, tokens
+
+Array = NDArray[np.float64]
+
+
+def batches(count: int, seed: int) -> list[dict[str, Tensor]]:
+    """Padded batches of 8, their lengths 3 to 20."""
+    made = []
+    for i in range(count):
+        lengths = torch.randint(3, 21, (8, 1), generator=torch.Generator().manual_seed(seed + i))
+        mask = (torch.arange(int(lengths.max())) < lengths).long()
+        made.append({"input_ids": tokens(8, mask.shape[1], seed=seed + i), "attention_mask": mask})
+    return made
+
+
+@torch.no_grad()
+def hidden_error(model: Any, plugin: Plugin, inputs: list[dict[str, Tensor]]) -> float:
+    errors = []
+    for batch in inputs:
+        target, real = encode_hidden(model, **batch), batch["attention_mask"].bool()
+        with plugin.attached(model):
+            errors.append((encode_hidden(model, **batch) - target)[real].square().mean().item())
+    return float(np.mean(errors))
+
+
+@torch.no_grad()
+def first_layer(model: Any, inputs: list[dict[str, Tensor]], k: int) -> tuple[Array, Array]:
+    """Return regressors (tokens, 2d) and what mean pooling loses (tokens, d), gathered one position at a time."""
+    bert = model.bert
+    layer = bert.encoder.layer[0]
+    caught: list[Tensor] = []
+    handle = layer.intermediate.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+
+    def ffn(u: Tensor) -> Tensor:
+        dense: Tensor = layer.output.dense(layer.intermediate.intermediate_act_fn(layer.intermediate.dense(u)))
+        return dense
+
+    x, r = [], []
+    for batch in inputs:
+        caught.clear()
+        bert(**batch)
+        for u, n in zip(caught[0], batch["attention_mask"].sum(1).tolist(), strict=True):
+            for start in range(0, n, k):
+                members = u[start : min(start + k, n)]
+                y = ffn(members.mean(0))
+                for member in members:
+                    x.append(torch.cat([y, member]))
+                    r.append(ffn(member) - y)
+    handle.remove()
+    return torch.stack(x).double().numpy(), torch.stack(r).double().numpy()
+
+
+def reduced_rank(x: Array, r: Array, rank: int) -> Array:
+    """Best affine map of ``rank`` from x to r; returns its predictions (Izenman 1975, identity weights)."""
+    centred, target = x - x.mean(0), r - r.mean(0)
+    fitted = centred @ np.linalg.lstsq(centred, target, rcond=None)[0]
+    _, _, directions = np.linalg.svd(fitted, full_matrices=False)
+    return fitted @ directions[:rank].T @ directions[:rank] + r.mean(0)
+
+
+@pytest.mark.parametrize("rank", [2, 6])
+def test_a_layer_is_the_reduced_rank_regression(rank: int) -> None:
+    model, inputs, k = tiny_model("bert"), batches(30, seed=0), 3
+    plugin = Plugin.for_model(model, k, bottleneck=rank)
+    fit_least_squares(plugin, model, inputs)
+    pair = plugin.pairs[0]
+    x, r = first_layer(model, inputs, k)
+    w1 = torch.cat((pair.w1_y.weight, pair.w1_u.weight), dim=1).detach().double().numpy()
+    b1, w2, b2 = (t.detach().double().numpy() for t in (pair.w1_u.bias, pair.w2.weight, pair.w2.bias))
+    inner = x @ w1.T + b1
+    lost = np.square(r - r.mean(0)).sum()
+    best = np.square(r - reduced_rank(x, r, rank)).sum()
+    linear = np.square(r - (inner @ w2.T + b2)).sum()
+    through_tanh = np.square(r - (np.tanh(inner) @ w2.T + b2)).sum()
+    assert best * (1 - 1e-6) < linear < best + 0.01 * lost
+    assert through_tanh < best + 0.05 * lost
+    assert np.square(r - reduced_rank(x, r, rank - 1)).sum() > linear + 0.01 * lost  # one rank less shows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pooling_is_the_mean_and_the_model_is_unchanged(family: Family) -> None:
+    model, inputs = tiny_model(family), batches(5, seed=0)
+    before, modes = digest(model), [m.training for m in model.modules()]
+    plugin = random_plugin(model, 2)
+    fit_least_squares(plugin, model, inputs)
+    assert digest(model) == before and [m.training for m in model.modules()] == modes
+    for pair in plugin.pairs:
+        assert not pair.score.weight.any() and not pair.score.bias.any()
+        assert pair.w2.weight.any()
+    with plugin.attached(model):  # what the fit attached to was a copy
+        pass
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("bottleneck", [8, 64])
+def test_hidden_error_is_far_below_that_of_a_random_start(family: Family, bottleneck: int) -> None:
+    """On batches that the fit has not seen; 64 units are more than the width of 32."""
+    model, unseen = tiny_model(family), batches(4, seed=1000)
+    torch.manual_seed(0)
+    fitted = Plugin.for_model(model, 2, bottleneck=bottleneck)
+    start = hidden_error(model, fitted, unseen)
+    fit_least_squares(fitted, model, batches(60, seed=0))
+    assert hidden_error(model, fitted, unseen) < 0.75 * start
+
+
+def test_layers_are_reported_from_the_bottom() -> None:
+    model, seen = tiny_model("t5", num_layers=3), []
+    plugin = random_plugin(model, 2)
+    fit_least_squares(
+        plugin, model, batches(3, seed=0), lambda: seen.append([bool(p.w2.weight.any()) for p in plugin.pairs])
+    )
+    assert seen == [[True, False, False], [True, True, False], [True, True, True]]
+
+
+def test_units_beyond_the_rank_can_still_learn() -> None:
+    model = tiny_model("bert")
+    plugin = Plugin.for_model(model, 2, bottleneck=40)
+    fit_least_squares(plugin, model, batches(10, seed=0))
+    batch = batches(1, seed=5)[0]
+    with plugin.attached(model):
+        encode_hidden(model, **batch).square().sum().backward()
+    gradient = plugin.pairs[0].w2.weight.grad
+    assert gradient is not None and gradient.abs().sum(0).min() > 0
