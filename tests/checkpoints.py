@@ -11,8 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, T5ForConditionalGeneration
 
+from bench.artifacts import ArtifactCache
+from bench.backbones.load import load_tokenizer
 from bench.config import RunConfig
+from bench.context import RunContext
 from bench.plugins.plugin import Plugin
+from bench.progress import Silent
+from bench.runner import Cell, Surroundings
+from bench.tasks.data import load_task
+from bench.tasks.encoding import encode
 from tests.tiny import WORDS, bert_tokenizer, t5_tokenizer, tiny_bert_config, tiny_t5_config
 
 Family = Literal["bert", "t5"]
@@ -106,3 +113,23 @@ def task_file(folder: Path, examples: int = 60, **changes: Any) -> Path:
 def quick_config(task: Path, backbone: Path, **values: Any) -> RunConfig:
     """Return a run of a second or two on a tiny task and checkpoint."""
     return RunConfig.build({**QUICK, "task": str(task), "backbone": str(backbone), **values})
+
+
+def context(config: RunConfig, cache: Path) -> RunContext:
+    """Return what a method is given for ``config``, as a run makes it."""
+    cell = Cell.resolve(config, Surroundings(cache_dir=cache))
+    data, tokenizer = load_task(cell.task, None, config.train_examples), load_tokenizer(config.backbone)
+    splits = {"train": data.train, "selection": data.selection, "dev": data.dev}
+    return RunContext(
+        config=config,
+        task=cell.task,
+        spec=cell.spec,
+        tokenizer=tokenizer,
+        device=torch.device("cpu"),
+        data_root=None,
+        features={n: encode(x, cell.task, tokenizer, cell.spec.family, config.max_length) for n, x in splits.items()},
+        identity=dict(cell.identity),
+        revisions=dict(cell.revisions),
+        cache=ArtifactCache(cache),
+        progress=Silent(),
+    )

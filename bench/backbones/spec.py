@@ -70,7 +70,8 @@ class BackboneSpec:
         model_type = config.get("model_type")
         if model_type not in FAMILIES:
             raise BackboneError(
-                f"backbone '{name}' is of model_type '{model_type}', which is not supported; supported: {', '.join(sorted(FAMILIES))}"
+                f"backbone '{name}' is of model_type '{model_type}', which is not supported; "
+                f"supported: {', '.join(sorted(FAMILIES))}"
             )
         try:
             return _bert(name, config) if model_type == "bert" else _t5(name, config)

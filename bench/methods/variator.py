@@ -57,18 +57,18 @@ class Variator(Method):
     bottleneck: int = 64
     mask_padding: bool = True
     init: Literal["fit", "released"] = "fit"
-    pretrain_steps: int = 0
+    pretrain_steps: int = 200
     pretrain_corpus: str = "wikitext2"
     pretrain_batch_size: int = 16
     pretrain_length: int = 128
     pretrain_lr: float = 1e-3
     pretrain_losses: str = "all_hidden=1"
-    lr: float = 1.5e-3
+    lr: float = 1e-3
     decay: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = 0.05
     weight_decay: float = 0.0
     clip: float = 1.0
-    losses: str = "all_hidden=1,logits=1"
+    losses: str = "all_hidden=1,logits=0.1"
     temperature: float = 1.0
 
     def skip(self, backbone: BackboneSpec, task: TaskSpec, ratio: float | None) -> str | None:

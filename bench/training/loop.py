@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -70,16 +70,18 @@ class Checkpoint:
     path: Path
     every_seconds: float = 60.0
 
-    def load(self) -> dict[str, Any] | None:
-        """Return the saved state, or ``None`` if there is none or it cannot be used."""
+    def load(self, trained: Sequence[Tensor]) -> dict[str, Any] | None:
+        """Return the saved state, or ``None`` if there is none or it is no state of ``trained``."""
         try:
-            state = torch.load(self.path, weights_only=True, map_location="cpu")
+            state: dict[str, Any] = torch.load(self.path, weights_only=True, map_location="cpu")
+            if [saved.shape for saved in state["parameters"]] == [parameter.shape for parameter in trained]:
+                return state
         except FileNotFoundError:
             return None
-        except Exception:  # a torn or foreign file only costs the steps that it held
-            self.path.unlink(missing_ok=True)
-            return None
-        return dict(state)
+        except Exception:  # whatever torch raises for a torn or foreign file, which only costs the steps that it held
+            pass
+        self.path.unlink(missing_ok=True)
+        return None
 
     def save(self, state: dict[str, Any]) -> None:
         """Write ``state`` so that a kill leaves the old file or the new one."""
@@ -137,7 +139,7 @@ def train(
     torch.manual_seed(seed)
     history: list[dict[str, float]] = []
     first = 0
-    if checkpoint and (state := checkpoint.load()):
+    if checkpoint and (state := checkpoint.load(trained)):
         first, history = int(state["step"]), list(state["history"])
         for parameter, saved in zip(trained, state["parameters"], strict=True):
             parameter.data.copy_(saved)

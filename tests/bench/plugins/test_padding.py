@@ -110,8 +110,8 @@ def test_a_group_is_the_weighted_mean_of_its_tokens() -> None:
 @torch.no_grad()
 def test_ffn_runs_on_a_kth_of_the_rows(family: Family) -> None:
     model, rows = tiny_model(family), []
-    ffn = model.bert.encoder.layer[0].intermediate if family == "bert" else model.encoder.block[0].layer[-1].DenseReluDense
-    handle = ffn.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
+    name = "bert.encoder.layer.0.intermediate" if family == "bert" else "encoder.block.0.layer.1.DenseReluDense"
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
     for k in (2, 4, 8):
         with random_plugin(model, k).attached(model):
             encode_hidden(model, input_ids=tokens(2, 13))
