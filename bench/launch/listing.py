@@ -146,13 +146,13 @@ def run_and_print(
         print_report(store.root, store.study)
     elif not summary:
         for result in results:
-            _print_result(result, store, out)
+            _print_result(result, store, where, out)
     for config, reason in failures:
         out.print(f"not done: {config.label}: {reason}", highlight=False, markup=False)
     return 1 if failures else 0
 
 
-def _print_result(result: RunResult, store: ResultStore, out: Console) -> None:
+def _print_result(result: RunResult, store: ResultStore, where: Surroundings, out: Console) -> None:
     evaluation = result.evaluation("dev")
     if evaluation and result.cost:
         for name, interval in evaluation.metrics.items():
@@ -165,6 +165,8 @@ def _print_result(result: RunResult, store: ResultStore, out: Console) -> None:
             f"remaining encoder FLOPs {cost.achieved_remaining:.2%}, saved {1 - cost.achieved_remaining:.2%}; "
             f"added parameters {cost.parameters_added:,} ({cost.parameters_added / cost.parameters_teacher:.2%})"
         )
+        if plugin := next((s.artifact for s in result.training if s.artifact.startswith("plugin-")), None):
+            out.print(f"plugin: {where.artifacts / plugin}", soft_wrap=True, highlight=False)
     elif result.status == "skipped":
         out.print(f"skipped: {result.reason}", markup=False)
     out.print(f"{result.status}: {store.path(result.run_id)}", soft_wrap=True, highlight=False)

@@ -51,10 +51,6 @@ def fit_least_squares(
         Called after each layer.
     """
     inputs = list(batches)
-    for pair in plugin.pairs:
-        # with no way out of the adapter what is in it plays no part; units beyond the rank stay random, and can learn
-        for parameter in (*pair.score.parameters(), *pair.w2.parameters()):
-            nn.init.zeros_(parameter)
     student = share_weights(model)
     bank = PluginBank([plugin])
     bank.attach(student)
@@ -68,6 +64,9 @@ def fit_least_squares(
 def _fit_pair(
     layer: CompressedFFN, pair: CompressionPair, student: nn.Module, inputs: list[Mapping[str, Tensor]]
 ) -> None:
+    # units beyond the rank keep random weights on their way in and have none on their way out: they can still learn
+    for parameter in (*pair.score.parameters(), *pair.w2.parameters()):
+        nn.init.zeros_(parameter)
     d, rank = pair.d_model, min(pair.w2.in_features, pair.d_model)
     device = pair.w2.weight.device
     gram = torch.zeros(2 * d + 1, 2 * d + 1, dtype=torch.float64, device=device)
@@ -91,16 +90,18 @@ def _fit_pair(
     ridge = torch.full((2 * d + 1,), _RIDGE * gram.diagonal()[:-1].mean().item(), dtype=torch.float64, device=device)
     ridge[-1] = 0.0
     full = torch.linalg.solve(gram + ridge.diag(), cross)
-    explained = full.T @ gram @ full
+    n = gram[-1, -1]
+    mean = gram[-1] @ full / n
+    explained = full.T @ gram @ full / n - torch.outer(mean, mean)
     basis = torch.linalg.eigh(explained).eigenvectors[:, -rank:]
-    spread = (basis.T @ explained @ basis).diagonal().div(gram[-1, -1]).sqrt().clamp_min(1e-8)
-    scale = _LINEAR_RANGE / spread
+    scale = _LINEAR_RANGE / (basis.T @ explained @ basis).diagonal().sqrt().clamp_min(1e-8)
     down = (full @ basis) * scale
     pair.w1_y.weight[:rank] = down[:d].T
     pair.w1_u.weight[:rank] = down[d:-1].T
-    pair.w1_u.bias[:rank] = down[-1]
+    # the mean goes to the last bias, so that tanh's argument is centred and no rank is spent on a constant
+    pair.w1_u.bias[:rank] = down[-1] - (mean @ basis) * scale
     pair.w2.weight[:, :rank] = basis / scale
-    pair.w2.bias.copy_(full[-1] - basis @ (basis.T @ full[-1]))
+    pair.w2.bias.copy_(mean)
 
 
 def _regression(layer: CompressedFFN, pair: CompressionPair, u: Tensor) -> tuple[Tensor, Tensor]:

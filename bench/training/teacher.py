@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.backbones.load import load_task_model
 from bench.backbones.model import TaskModel
 from bench.context import RunContext, Teacher
+from bench.errors import BackboneError
 from bench.results import Evaluation
 from bench.tasks.data import TaskData
 from bench.tasks.evaluation import evaluate
@@ -30,16 +32,14 @@ def get_teacher(ctx: RunContext) -> Teacher:
     def make(folder: Path, checkpoint: Path) -> Mapping[str, Any]:
         model = _fresh(ctx)
         stage = _fine_tune(model, ctx, checkpoint)
-        trained = {n for n, p in model.named_parameters() if p.requires_grad}
         # with LoRA a task is its adapter and head alone; the backbone's own weights are not stored again
-        tensors = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items() if n in trained}
-        save_file(_untied(tensors), folder / WEIGHTS_FILE)
+        save_file({n: p.detach().cpu().contiguous() for n, p in _trained(model).items()}, folder / WEIGHTS_FILE)
         return {"stages": [stage | {"artifact": ctx.cache.key("teacher", identity)}]}
 
     artifact = ctx.cache.get("teacher", identity, make, ctx.progress.message)
     ctx.record(artifact)
     model = _fresh(ctx)
-    model.load_state_dict(load_file(artifact.folder / WEIGHTS_FILE), strict=False)
+    _restore(model, artifact.folder)
     if ctx.config.teacher_lora:
         # merged for the run: the teacher then costs exactly what the backbone costs
         _merge_lora(model)
@@ -109,7 +109,7 @@ def _fine_tune(model: TaskModel, ctx: RunContext, checkpoint: Path) -> dict[str,
     return run_stage(
         "teacher",
         losses,
-        [p for p in model.parameters() if p.requires_grad],
+        _trained(model).values(),
         batches,
         schedule,
         spec=ctx.spec,
@@ -120,7 +120,18 @@ def _fine_tune(model: TaskModel, ctx: RunContext, checkpoint: Path) -> dict[str,
     )
 
 
-def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop all but the first name of tensors that share storage, as safetensors wants."""
-    seen: dict[int, str] = {}
-    return {n: t for n, t in tensors.items() if seen.setdefault(t.data_ptr(), n) == n}
+def _trained(model: TaskModel) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained, tied ones under their first name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _restore(model: TaskModel, folder: Path) -> None:
+    try:
+        tensors = load_file(folder / WEIGHTS_FILE)
+        if differing := sorted(tensors.keys() ^ _trained(model).keys()):
+            raise ValueError(f"it lacks, or has too many, {len(differing)} weights such as {differing[0]}")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise BackboneError(
+            f"the teacher in {folder} cannot be used: {error}. Remove the folder, and the next run trains it again."
+        ) from None
+    model.load_state_dict(tensors, strict=False)

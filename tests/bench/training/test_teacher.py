@@ -115,10 +115,9 @@ def test_a_plugin_works_on_a_teacher(world: World) -> None:
     assert digest(teacher.model) == before and torch.equal(logits(teacher, ctx), dense)
 
 
+@pytest.mark.parametrize("world", [(f, True) for f in FAMILIES], indirect=True, ids=str)
 def test_lora_scale_is_alpha_by_rank(world: World) -> None:
     """The merged weight is W + (32/16) B A, worked out from the stored adapter."""
-    if not world.lora:
-        pytest.skip("of LoRA alone")
     ctx = world.context()
     teacher = get_teacher(ctx)
     fresh = load_task_model(ctx.config.backbone, ctx.spec, ctx.task, ctx.tokenizer, ctx.config.seed).state_dict()
