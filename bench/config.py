@@ -138,6 +138,15 @@ class RunConfig(BaseModel):
         built = chosen.from_options(config.options)
         return config.model_copy(update={"options": {k: getattr(built, k) for k in config.options}})
 
+    def command(self) -> list[str]:
+        """Return the command that runs this cell again: every key that differs from the library's defaults."""
+        defaults = {name: field.default for name, field in RunConfig.model_fields.items()}
+        always = ("task", "backbone", "method", "seed")
+        values = {k: getattr(self, k) for k in defaults if k not in ("options", "recipe")} | self.options
+        defaults |= method(self.method).options()
+        chosen = {k: v for k, v in values.items() if k in always or v != defaults[k]}
+        return ["bench", "run", *(part for k, v in chosen.items() for part in (f"--{k.replace('_', '-')}", str(v)))]
+
     def build_method(self) -> Method:
         """Return the method with this run's hyper-parameters."""
         return method(self.method).from_options(self.options)

@@ -7,7 +7,6 @@ import os
 import platform
 import socket
 import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,13 +16,13 @@ from bench.results import Provenance
 PACKAGES = ("torch", "transformers", "datasets", "evaluate", "tokenizers", "peft", "fvcore", "numpy", "scikit-learn")
 
 
-def collect(command: list[str] | None = None) -> Provenance:
-    """Return the provenance of a run that starts now."""
+def collect(command: list[str]) -> Provenance:
+    """Return the provenance of a run that starts now and that ``command`` makes again."""
     commit, dirty = _git()
     return Provenance(
         commit=commit,
         dirty=dirty,
-        command=command or [Path(sys.argv[0]).name, *sys.argv[1:]],
+        command=command,
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         host=socket.gethostname(),
         platform=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",

@@ -256,7 +256,9 @@ def write_atomic(path: Path, content: bytes) -> None:
             Path(name).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise BenchError(f"cannot write {path}: {error.strerror or error}. Free space or choose another folder.") from error
+        raise BenchError(
+            f"cannot write {path}: {error.strerror or error}. Free space or choose another folder."
+        ) from error
 
 
 class ResultStore:
@@ -285,7 +287,7 @@ class ResultStore:
         return self.folder / "predictions" / f"{run_id}.parquet"
 
     def lock_path(self, run_id: str) -> Path:
-        """The lock that the process working on ``run_id`` holds."""
+        """Return the lock that the process working on ``run_id`` holds."""
         return self.folder / ".locks" / f"{run_id}.lock"
 
     def read(self, run_id: str) -> RunResult | None:

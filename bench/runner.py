@@ -104,6 +104,11 @@ def _short(backbone: str) -> str:
     return Path(backbone).name if "/" in backbone and Path(backbone).is_dir() else backbone
 
 
+def _named(cell: Cell) -> dict[str, str]:
+    """Return names in place of paths, which mean nothing elsewhere; the identity holds the content."""
+    return {"task": cell.task.name, "backbone": cell.spec.name}
+
+
 def is_settled(result: RunResult | None, mode: Mode) -> bool:
     """Return whether a stored result stands under ``mode``."""
     if result is None or mode == "force":
@@ -121,7 +126,6 @@ def run(
     where: Surroundings | None = None,
     mode: Mode = "missing",
     progress: Progress | None = None,
-    command: list[str] | None = None,
 ) -> RunResult:
     """Return the result of one cell, running it if the store does not have it.
 
@@ -138,8 +142,6 @@ def run(
         everything, ``read-only`` nothing.
     progress
         Who watches.
-    command
-        What to note as the command that makes the number again.
 
     Raises
     ------
@@ -159,12 +161,10 @@ def run(
     with hold(store.lock_path(cell.run_id), lambda: progress.message(waiting)):
         if (found := store.read(cell.run_id)) is not None and is_settled(found, mode):
             return found
-        return _run_locked(cell, store, where, progress, command)
+        return _run_locked(cell, store, where, progress)
 
 
-def _run_locked(
-    cell: Cell, store: ResultStore, where: Surroundings, progress: Progress, command: list[str] | None
-) -> RunResult:
+def _run_locked(cell: Cell, store: ResultStore, where: Surroundings, progress: Progress) -> RunResult:
     config = cell.config
     result = RunResult(
         run_id=cell.run_id,
@@ -178,10 +178,9 @@ def _run_locked(
             "metrics": list(cell.task.metrics),
             "caveat": cell.task.caveat,
         },
-        provenance=collect(command),
+        provenance=collect(config.model_copy(update=_named(cell)).command()),
     )
-    result.config["backbone"], result.config["task"] = cell.spec.name, cell.task.name
-    result.config["family"] = cell.spec.family
+    result.config |= _named(cell) | {"family": cell.spec.family}
     result.provenance.model_digest = cell.revisions["model"]
     result.provenance.seeds = {"run": config.seed}
     store.write(result)

@@ -28,16 +28,26 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-# what a checkpoint may lack: heads, which are new for every task, and T5's copies of the shared embedding
-_NEW = ("classifier.", "qa_outputs.", "bert.pooler.", "encoder.embed_tokens.", "decoder.embed_tokens.", "lm_head.")
+# what a checkpoint may lack: heads, which are new where it has none of the task's shape
+_NEW = ("classifier.", "qa_outputs.", "bert.pooler.")
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "spiece.model")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of backbone ``name``."""
+    """Return the tokenizer of backbone ``name``.
+
+    Raises
+    ------
+    BackboneError
+        If it is missing, torn, or no fast one.
+    """
     folder = fetch(name)
+    # without a vocabulary transformers makes up a tokenizer of nothing but special tokens
+    if not any((folder / vocabulary).is_file() for vocabulary in _VOCABULARIES):
+        raise BackboneError(f"{folder} holds no tokenizer ({' or '.join(_VOCABULARIES)}); save it beside the weights")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises bare exceptions for a torn file
         raise BackboneError(f"the tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}") from None
     if not tokenizer.is_fast:
         raise BackboneError(f"backbone '{name}' has no fast tokenizer (tokenizer.json), which this suite needs")
@@ -56,7 +66,7 @@ def load_task_model(
     spec
         Its shape.
     task
-        Decides on the head; T5 needs none.
+        Decides on the head; T5 needs none. A head of the checkpoint that has the task's shape is kept.
     tokenizer
         Of the same backbone.
     seed
@@ -70,7 +80,10 @@ def load_task_model(
     folder = fetch(name)
     torch.manual_seed(seed)
     if spec.family == "t5":
-        return wrap(_load(T5ForConditionalGeneration, folder), task, tokenizer)
+        model = _load(T5ForConditionalGeneration, folder)
+        if not spec.tied_embeddings and model.lm_head.weight is model.shared.weight:
+            raise BackboneError(f"the checkpoint in {folder} lacks lm_head.weight, which its config does not tie")
+        return wrap(model, task, tokenizer)
     if task.kind == "qa":
         return wrap(_load(AutoModelForQuestionAnswering, folder), task, tokenizer)
     return wrap(_load(AutoModelForSequenceClassification, folder, num_labels=task.n_outputs), task, tokenizer)
@@ -87,14 +100,18 @@ def wrap(model: Any, task: TaskSpec, tokenizer: PreTrainedTokenizerBase) -> Task
 
 def _load(cls: Any, folder: Path, **kwargs: Any) -> Any:
     try:
-        model, info = cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **kwargs)
+        model, info = cls.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
     except SafetensorError as error:
         raise BackboneError(f"the weights in {folder} are torn or no safetensors file: {error}") from None
     except (OSError, RuntimeError, ValueError) as error:
         raise BackboneError(f"the checkpoint in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith(_NEW))
+    lacking = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    missing = sorted(key for key in lacking if not key.startswith(_NEW))
     if missing:
         raise BackboneError(
-            f"the checkpoint in {folder} lacks {len(missing)} weights of its own config, such as {missing[0]}"
+            f"the checkpoint in {folder} lacks {len(missing)} weights of its own config, or has them in another shape, "
+            f"such as {missing[0]}"
         )
     return model

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+import math
+import re
+import reprlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -26,7 +29,8 @@ TOP_KEYS = (
     "parameters",
     "run_cap",
 )
-SUFFIXES = (".yaml", ".yml")
+MOST_POINTS = 20_000
+"""Larger grids are taken for a mistake, since they would be expanded for minutes and run for years."""
 
 
 @dataclass(frozen=True)
@@ -84,22 +88,27 @@ def read_sweep(path: Path, overrides: Mapping[str, str] | None = None) -> Sweep:
         content = yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is no sweep: its lists or mappings are nested too deeply") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is no sweep: expected a mapping with `method: grid` and `parameters`")
     for key in content:
         if key not in TOP_KEYS:
-            raise ConfigError(f"{path}: unknown key '{key}'.{suggest(str(key), TOP_KEYS)}")
-    if content.get("method") != "grid":
-        raise ConfigError(f"{path}: method is '{content.get('method')}'; only `grid` lists its runs in advance")
+            raise ConfigError(f"{path}: unknown key '{key}'.{suggest(str(key), TOP_KEYS)} Known: {', '.join(TOP_KEYS)}.")
+    if (search := content.get("method")) != "grid":
+        raise ConfigError(f"{path}: method is {_shown(search)}; only `grid` lists its runs in advance")
+    name = path.stem if content.get("name") is None else content["name"]
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w. -]*", name):
+        raise ConfigError(f"{path}: the name {_shown(name)} is to be the name of a folder, such as 'my-sweep'")
     parameters = content.get("parameters")
     if not isinstance(parameters, dict) or not parameters:
         raise ConfigError(f"{path}: `parameters` must map keys to {{value: ...}} or {{values: [...]}}")
     grid = {str(key): _values(path, str(key), entry) for key, entry in parameters.items()}
     grid |= {key: parse_list(text) for key, text in (overrides or {}).items()}
     try:
-        return Sweep(str(content.get("name") or path.stem), expand(grid))
+        return Sweep(name, expand(grid))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -109,13 +118,20 @@ def _values(path: Path, key: str, entry: object) -> list[Any]:
     if key not in known:
         raise ConfigError(f"{path}: unknown parameter '{key}'.{suggest(key, known)} `bench list keys` shows all.")
     if not isinstance(entry, dict) or len(entry) != 1 or not {"value", "values"} & set(entry):
-        raise ConfigError(f"{path}: parameter '{key}' needs either `value: x` or `values: [x, y]`, found {entry!r}")
-    if "value" in entry:
-        return [entry["value"]]
-    values = entry["values"]
+        raise ConfigError(f"{path}: parameter '{key}' needs either `value: x` or `values: [x, y]`, found {_shown(entry)}")
+    values = [entry["value"]] if "value" in entry else entry["values"]
     if not isinstance(values, list) or not values:
-        raise ConfigError(f"{path}: the values of '{key}' must be a list that is not empty, found {values!r}")
+        raise ConfigError(f"{path}: the values of '{key}' must be a list that is not empty, found {_shown(values)}")
+    for value in values:
+        if value is not None and not isinstance(value, str | int | float):
+            raise ConfigError(f"{path}: a value of '{key}' must be one word or number, found {_shown(value)}")
     return list(values)
+
+
+def _shown(value: object) -> str:
+    """Show what was found, in a line however large it is: aliases make a few lines of YAML billions of items."""
+    text = reprlib.repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def parse_list(text: str) -> list[Any]:
@@ -123,8 +139,17 @@ def parse_list(text: str) -> list[Any]:
     return [text] if "=" in text else [part.strip() for part in text.split(",")]
 
 
-def expand(grid: Mapping[str, Iterable[Any]]) -> tuple[RunConfig, ...]:
-    """Return every combination once: points that differ only in what their method ignores are one run."""
+def expand(grid: Mapping[str, Collection[Any]]) -> tuple[RunConfig, ...]:
+    """Return every combination once: points that differ only in what their method ignores are one run.
+
+    Raises
+    ------
+    ConfigError
+        If a combination is no run, or there are more than ``MOST_POINTS``.
+    """
+    points = math.prod(len(values) for values in grid.values())
+    if points > MOST_POINTS:
+        raise ConfigError(f"the grid has {points:,} combinations; split it into grids of at most {MOST_POINTS:,}")
     distinct: dict[str, RunConfig] = {}
     for point in itertools.product(*grid.values()):
         config = RunConfig.build(dict(zip(grid, point, strict=True)))

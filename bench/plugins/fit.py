@@ -94,7 +94,7 @@ def _fit_pair(
     mean = gram[-1] @ full / n
     explained = full.T @ gram @ full / n - torch.outer(mean, mean)
     basis = torch.linalg.eigh(explained).eigenvectors[:, -rank:]
-    scale = _LINEAR_RANGE / (basis.T @ explained @ basis).diagonal().sqrt().clamp_min(1e-8)
+    scale = _LINEAR_RANGE / (basis.T @ explained @ basis).diagonal().clamp_min(1e-16).sqrt()
     down = (full @ basis) * scale
     pair.w1_y.weight[:rank] = down[:d].T
     pair.w1_u.weight[:rank] = down[d:-1].T
