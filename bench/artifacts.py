@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,21 @@ class ArtifactCache:
         return f"{kind}-{hash_of(identity)[:20]}"
 
     def find(self, kind: str, identity: Mapping[str, Any]) -> Artifact | None:
-        """Return the artifact if it is finished."""
+        """Return the artifact if it is finished.
+
+        Raises
+        ------
+        BenchError
+            If it is there but cannot be read.
+        """
         key = self.key(kind, identity)
         try:
-            meta = json.loads((self.root / key / META_FILE).read_text("utf-8"))
+            made = json.loads((self.root / key / META_FILE).read_bytes())["made"]
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return Artifact(key, self.root / key, meta["made"], cached=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BenchError(f"{self.root / key} cannot be read ({error}). Remove it, and it is made again.") from None
+        return Artifact(key, self.root / key, made, cached=True)
 
     def partial(self, key: str) -> Path:
         """Where the checkpoint of an unfinished artifact is kept."""
@@ -101,28 +110,36 @@ class ArtifactCache:
         if found:
             return found
         key = self.key(kind, identity)
-        try:
+        with self._writing():
             (self.root / "partial").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BenchError(
-                f"cannot write the artifact cache {self.root}: {error.strerror}. Choose another with --cache-dir or BENCH_CACHE."
-            ) from error
         with hold(self.root / "locks" / f"{key}.lock", lambda: waiting(f"waiting for another process to make {key}")):
             found = self.find(kind, identity)
             return found or self._make(key, identity, make)
 
-    def _make(self, key: str, identity: Mapping[str, Any], make: Callable[[Path, Path], Mapping[str, Any]]) -> Artifact:
+    def _make(
+        self, key: str, identity: Mapping[str, Any], make: Callable[[Path, Path], Mapping[str, Any]]
+    ) -> Artifact:
         for stale in (self.root / "partial").glob(f"{key}-*.dir"):
             shutil.rmtree(stale, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(dir=self.root / "partial", prefix=f"{key}-", suffix=".dir"))
+        with self._writing():
+            folder = Path(tempfile.mkdtemp(dir=self.root / "partial", prefix=f"{key}-", suffix=".dir"))
         try:
             made = dict(make(folder, self.partial(key)))
-            (folder / META_FILE).write_text(json.dumps({"identity": identity, "made": made}, default=str, indent=1))
-            os.chmod(folder, 0o755)
-            folder.replace(self.root / key)
-        except OSError as error:
-            raise BenchError(f"cannot write artifact {key} below {self.root}: {error.strerror or error}") from error
+            with self._writing():
+                (folder / META_FILE).write_text(json.dumps({"identity": identity, "made": made}, default=str, indent=1))
+                os.chmod(folder, 0o755)
+                folder.replace(self.root / key)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         self.partial(key).unlink(missing_ok=True)
         return Artifact(key, self.root / key, made, cached=False)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise BenchError(
+                f"cannot write the artifact cache {self.root}: {error.strerror or error}. "
+                "Choose another with --cache-dir or BENCH_CACHE."
+            ) from error

@@ -300,10 +300,10 @@ class ResultStore:
         """
         path = self.path(run_id)
         try:
-            text = path.read_text("utf-8")
+            content = path.read_bytes()
         except FileNotFoundError:
             return None
-        return parse(text, path)
+        return parse(content, path)
 
     def write(self, result: RunResult) -> Path:
         """Store ``result`` under its run id, replacing what was there."""
@@ -313,10 +313,10 @@ class ResultStore:
 
     def __iter__(self) -> Iterator[RunResult]:
         for path in sorted((self.folder / "runs").glob("*.json")):
-            yield parse(path.read_text("utf-8"), path)
+            yield parse(path.read_bytes(), path)
 
 
-def parse(text: str, path: Path) -> RunResult:
+def parse(content: bytes, path: Path) -> RunResult:
     """Read a result's JSON.
 
     Raises
@@ -325,7 +325,13 @@ def parse(text: str, path: Path) -> RunResult:
         If it is torn, of another schema, or has unknown fields; the message names the file.
     """
     try:
-        return RunResult.model_validate(json.loads(text))
-    except (json.JSONDecodeError, ValidationError) as error:
-        first = str(error).splitlines()[0]
-        raise BenchError(f"{path} is not a valid result ({first}). Move it away and run the cell again.") from None
+        fields = json.loads(content)
+        if isinstance(fields, dict) and fields.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+            raise ValueError(f"schema_version is {fields['schema_version']}, and this version reads {SCHEMA_VERSION}")
+        return RunResult.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+    except ValueError as error:
+        problem = str(error)
+    raise BenchError(f"{path} is not a valid result ({problem}). Move it away and run the cell again.")

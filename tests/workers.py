@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from bench.artifacts import ArtifactCache
 from bench.config import RunConfig
+from bench.errors import BenchError
+from bench.locks import hold
 from bench.progress import Silent
-from bench.results import ResultStore, RunResult
+from bench.results import ResultStore, RunResult, write_atomic
 from bench.runner import Mode, Surroundings, run
 from bench.training.distill import attach_for_good
 from bench.training.loop import Checkpoint, Schedule, train
@@ -166,3 +168,48 @@ def quick_measuring() -> None:
     bench.costing.TIMED_BATCH_SIZES = (2,)
     bench.costing.TIMED_LENGTH = 16
     torch.set_num_threads(1)
+
+
+def unprivileged(root: Path, out: Path) -> None:
+    """Note what the cache and the store say where nobody but root may write."""
+    if os.getuid() == 0:
+        os.setuid(65534)
+    said = []
+    for attempt in (
+        lambda: ArtifactCache(root).get("thing", {"a": 1}, lambda folder, checkpoint: {}),
+        lambda: write_atomic(root / "runs" / "x.json", b"{}"),
+        lambda: write_atomic(root / "x.json", b"{}"),
+        lambda: hold(root / "locks" / "x.lock").__enter__(),
+    ):
+        try:
+            said.append(repr(attempt()))
+        except BenchError as error:
+            said.append(f"{type(error).__name__}: {error}")
+    out.write_text(json.dumps(said))
+
+
+def on_a_full_disk(root: Path, result: RunResult, out: Path) -> None:
+    """Note what the cache and the store say where no file may grow beyond 64 bytes."""
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    said = []
+    for attempt in (
+        lambda: ResultStore(root, "study").write(result),
+        lambda: ArtifactCache(root).get("thing", {"a": 1}, lambda folder, checkpoint: {"long": "x" * 10_000}),
+    ):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, limit[1]))
+        try:
+            said.append(repr(attempt()))
+        except BenchError as error:
+            said.append(f"{type(error).__name__}: {error}")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    out.write_text(json.dumps(said))
+
+
+def hold_lock(path: Path, held: Path) -> None:
+    """Hold a lock for as long as the process lives."""
+    with hold(path):
+        held.touch()
+        time.sleep(600)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bench.artifacts import ArtifactCache
@@ -44,7 +48,7 @@ class PlannedCell:
     config
         The cell.
     run_id
-        Its hash; ``None`` where it cannot be resolved.
+        Its hash; ``None`` for an error.
     state
         ``to do``, ``done``, ``skipped``, ``failed``, ``diverged``, ``interrupted``, ``running`` or ``error``.
     reason
@@ -60,7 +64,7 @@ class PlannedCell:
     weight_bytes
         Memory of the backbone's weights in fp32.
     cached
-        What need not be made again.
+        Artifacts that need not be made again.
     flops
         Training FLOPs that are still to do.
     """
@@ -78,6 +82,11 @@ class PlannedCell:
     cached: tuple[str, ...] = ()
     flops: float = 0.0
 
+    @property
+    def pending(self) -> bool:
+        """Whether this machine will run it, or wait for whoever does."""
+        return self.state in ("to do", "interrupted", "running")
+
 
 def plan(
     configs: Iterable[RunConfig], store: ResultStore, where: Surroundings, mode: Mode = "missing"
@@ -85,45 +94,54 @@ def plan(
     """Return what each run would do; a cell that cannot be resolved is a line with its reason."""
     cache = ArtifactCache(where.artifacts)
     shared: set[str] = set()
-    return [_plan_cell(config, store, where, mode, cache, shared) for config in configs]
+    cells = []
+    for config in configs:
+        try:
+            cells.append(_plan_cell(config, store, where, mode, cache, shared))
+        except BenchError as error:
+            cells.append(PlannedCell(config, None, "error", str(error)))
+    return cells
 
 
 def _plan_cell(
     config: RunConfig, store: ResultStore, where: Surroundings, mode: Mode, cache: ArtifactCache, shared: set[str]
 ) -> PlannedCell:
-    try:
-        cell = Cell.resolve(config, where)
-        stored = store.read(cell.run_id)
-    except BenchError as error:
-        return PlannedCell(config, None, "error", str(error))
+    cell = Cell.resolve(config, where)
+    stored = store.read(cell.run_id)
     state, reason = "to do", cell.skip_reason() or ""
     if reason:
         state = "skipped"
     elif stored is not None and is_settled(stored, mode):
         state, reason = stored.status, stored.reason or ""
-    elif stored is not None and stored.status == "running":
+    elif stored is not None and stored.status in ("running", "interrupted"):
         state = "running" if is_held(store.lock_path(cell.run_id)) else "interrupted"
-    costs = _costs(cell)
-    if state in ("done", "skipped"):
-        return PlannedCell(config, cell.run_id, state, reason, **costs)
-    cached, flops = _work(cell, cache, where, shared)
-    return PlannedCell(config, cell.run_id, state, reason, **costs, cached=cached, flops=flops)
+    planned = PlannedCell(config, cell.run_id, state, reason, **_backbone_costs(cell))
+    if state != "skipped":
+        planned = dataclasses.replace(planned, **_method_costs(cell))
+    if planned.pending:
+        cached, flops = _work(cell, cache, where, shared)
+        planned = dataclasses.replace(planned, cached=cached, flops=flops)
+    return planned
 
 
-def _costs(cell: Cell) -> dict[str, Any]:
+def _backbone_costs(cell: Cell) -> dict[str, Any]:
+    parameters = backbone_parameters(cell.spec, None if cell.task.kind == "qa" else max(1, cell.task.n_outputs))
+    return {
+        "encoder_gflops": encoder(cell.spec, PLANNED_LENGTH).encoder / 1e9,
+        "parameters": parameters,
+        "weight_bytes": weight_bytes(parameters),
+    }
+
+
+def _method_costs(cell: Cell) -> dict[str, Any]:
     spec, config = cell.spec, cell.config
     method = config.build_method()
-    uses_ratio = "ratio" in method.uses and config.ratio is not None and config.ratio >= 2
-    k = int(config.ratio) if uses_ratio and config.ratio else 1
+    k = int(config.ratio) if "ratio" in method.uses and config.ratio else 1
     bottleneck = int(config.options.get("bottleneck", 64))
-    parameters = backbone_parameters(spec, None if cell.task.kind == "qa" else max(1, cell.task.n_outputs))
     return {
         "knob": ", ".join(f"{name}={value}" for name, value in method.knob(spec, config.ratio).items()),
         "remaining": remaining(spec, k, {PLANNED_LENGTH: 1}, bottleneck) if k > 1 else 1.0,
-        "encoder_gflops": encoder(spec, PLANNED_LENGTH).encoder / 1e9,
-        "parameters": parameters,
         "added": plugin_parameters(spec.d_model, spec.encoder_layers, k, bottleneck) if k > 1 else 0,
-        "weight_bytes": weight_bytes(parameters),
     }
 
 
@@ -172,8 +190,11 @@ def _train_rows(task: TaskSpec, config: RunConfig, where: Surroundings) -> int:
 def _local_size(task: TaskSpec, where: Surroundings) -> tuple[int, int] | None:
     """Return (rows, bytes of uncompressed content) of the local training file, or ``None``."""
     train = locate(task, where.data_root).files.get("train")
-    if train is None:
-        return None
+    return _content_of(train) if train else None
+
+
+@functools.cache
+def _content_of(train: Path) -> tuple[int, int] | None:
     if train.suffix != ".parquet":
         size = train.stat().st_size
         with train.open("rb") as file:
@@ -192,17 +213,15 @@ def _local_size(task: TaskSpec, where: Surroundings) -> tuple[int, int] | None:
 def observed_rate(store: ResultStore) -> float | None:
     """Return the training FLOPs a second of the store's runs, or ``None`` if it has none."""
     flops = seconds = 0.0
-    for result in store:
-        for stage in result.training:
-            if not stage.cached:
-                flops, seconds = flops + stage.flops, seconds + stage.seconds
+    for path in (store.folder / "runs").glob("*.json"):
+        with contextlib.suppress(BenchError):  # a torn result is its own cell's trouble
+            result = store.read(path.stem)
+            for stage in result.training if result else ():
+                if not stage.cached:
+                    flops, seconds = flops + stage.flops, seconds + stage.seconds
     return flops / seconds if seconds > 1.0 else None
 
 
 def estimate_seconds(cells: Iterable[PlannedCell], rate: float | None) -> float:
     """Return a rough wall time of what is still to do."""
-    return sum(
-        c.flops / (rate or DEFAULT_RATE) + SECONDS_PER_CELL
-        for c in cells
-        if c.state not in ("done", "skipped", "error")
-    )
+    return sum(c.flops / (rate or DEFAULT_RATE) + SECONDS_PER_CELL for c in cells if c.pending)

@@ -88,7 +88,7 @@ def read_sweep(path: Path, overrides: Mapping[str, str] | None = None) -> Sweep:
         content = yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise ConfigError(f"{path} is no sweep: its lists or mappings are nested too deeply") from None
@@ -100,7 +100,7 @@ def read_sweep(path: Path, overrides: Mapping[str, str] | None = None) -> Sweep:
     if (search := content.get("method")) != "grid":
         raise ConfigError(f"{path}: method is {_shown(search)}; only `grid` lists its runs in advance")
     name = path.stem if content.get("name") is None else content["name"]
-    if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w. -]*", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[^./][^/]*", name):
         raise ConfigError(f"{path}: the name {_shown(name)} is to be the name of a folder, such as 'my-sweep'")
     parameters = content.get("parameters")
     if not isinstance(parameters, dict) or not parameters:
