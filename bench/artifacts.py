@@ -116,9 +116,7 @@ class ArtifactCache:
             found = self.find(kind, identity)
             return found or self._make(key, identity, make)
 
-    def _make(
-        self, key: str, identity: Mapping[str, Any], make: Callable[[Path, Path], Mapping[str, Any]]
-    ) -> Artifact:
+    def _make(self, key: str, identity: Mapping[str, Any], make: Callable[[Path, Path], Mapping[str, Any]]) -> Artifact:
         for stale in (self.root / "partial").glob(f"{key}-*.dir"):
             shutil.rmtree(stale, ignore_errors=True)
         with self._writing():

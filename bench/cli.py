@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +44,7 @@ class _RunCommand(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record:
+            if record and isinstance(parameter, click.Option):
                 sections.setdefault(getattr(parameter, "section", "Options"), []).append(record)
         for title, records in sorted(sections.items(), key=lambda item: item[0] != "Options"):
             with formatter.section(title):
@@ -78,40 +79,34 @@ def _with_keys(command: Callable[..., Any]) -> click.Command:
         return command(keys={name: value for name, value in chosen.items() if value is not None}, **given)
 
     own = list(reversed(getattr(command, "__click_params__", [])))
-    doc = (command.__doc__ or "").strip()
+    doc = inspect.cleandoc(command.__doc__ or "")
     return _RunCommand(
         command.__name__.strip("_"), callback=call, params=[*own, *options.values()], help=doc, context_settings=CONTEXT
     )
+
+
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+_results = click.option(
+    "--results", type=_FOLDER, default=Path("results"), show_default=True, help="Folder of studies."
+)
 
 
 def _where(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say where things are."""
     for option in (
         click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
+        click.option("--cache-dir", type=_FOLDER, help="Teachers and plugins; BENCH_CACHE, else ~/.cache/bench."),
         click.option(
-            "--cache-dir",
-            type=click.Path(path_type=Path),
-            help="Teachers and plugins; BENCH_CACHE, else ~/.cache/bench.",
+            "--data-root", type=_FOLDER, help="Local data, DIR/<task>/<split>.parquet; BENCH_DATA_ROOT, else the Hub."
         ),
-        click.option(
-            "--data-root",
-            type=click.Path(path_type=Path),
-            help="Local data, <root>/<task>/<split>.parquet; BENCH_DATA_ROOT, else the Hub.",
-        ),
-        click.option(
-            "--results",
-            type=click.Path(path_type=Path),
-            default=Path("results"),
-            show_default=True,
-            help="Folder of studies.",
-        ),
+        _results,
     ):
         command = option(command)
     return command
 
 
 def _mode(command: Callable[..., Any]) -> Callable[..., Any]:
-    text = "What to run: what is missing, also what failed, everything, or nothing."
+    text = "Run what is missing, also what failed, everything again, or nothing."
     return click.option("--mode", type=click.Choice(MODES), default="missing", show_default=True, help=text)(command)
 
 
@@ -121,43 +116,47 @@ def _surroundings(data_root: Path | None, cache_dir: Path | None, device: str) -
     return Surroundings(data_root, cache_dir, device)
 
 
+# In the docstrings below, which are the help texts, click keeps the lines of a paragraph that begins with \b.
 @click.group(cls=_Group, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="bench")
 def main() -> None:
-    r"""Benchmark Variator and its rivals: accuracy against FLOPs, over tasks, ratios and backbones.
+    """Benchmark Variator and its rivals: accuracy against FLOPs, over tasks, ratios and backbones.
 
     \b
     bench plan sweeps/quickstart.yaml     what would run, what it costs, what is cached
     bench sweep sweeps/quickstart.yaml    run it; run it again to go on
     bench report quickstart               tables and figures from the results
-    """
+    """  # noqa: D301
 
 
 @main.command("list", context_settings=CONTEXT)
 @click.argument("what", type=click.Choice(["tasks", "methods", "backbones", "recipes", "keys"]))
 def list_(what: str) -> None:
-    """Show what there is."""
+    """Show the known tasks, methods, backbones, recipes or keys."""
     from bench.launch.listing import print_listing
 
     print_listing(what)
 
 
 def _plan(keys: dict[str, str], sweep: str | None, study: str | None, results: Path, mode: str, **where: Any) -> None:
-    """Show each cell of a sweep, its cost, what is cached and what is skipped, without running anything.
+    """Show what a sweep would run, what it costs and what is cached.
 
-    SWEEP is a file or a shipped name; without one, the keys name the cells, commas separating values:
+    SWEEP is a file or a shipped name. Without one, the keys name the cells, commas separating values:
+
+    \b
+    bench plan sweeps/glue.yaml
     bench plan --backbone t5-3b --ratio 2,4,8
-    """
-    from bench.launch.listing import print_plan
+    """  # noqa: D301
     from bench.launch.plan import observed_rate, plan
+    from bench.launch.plan_view import print_plan
     from bench.launch.sweep import expand, find_sweep, parse_list, read_sweep
     from bench.results import ResultStore
 
     if sweep:
-        read = read_sweep(find_sweep(sweep), keys)
+        read = read_sweep(find_sweep(sweep), keys, where["data_root"])
         name, configs = read.name, read.configs
     else:
-        name, configs = "runs", expand({key: parse_list(text) for key, text in keys.items()})
+        name, configs = "runs", expand({key: parse_list(text) for key, text in keys.items()}, where["data_root"])
     store = ResultStore(results, study or name)
     cells = plan(configs, store, _surroundings(**where), mode)  # type: ignore[arg-type]
     print_plan(cells, observed_rate(store))
@@ -172,10 +171,13 @@ main.add_command(_with_keys(_plan))
 
 
 def _run(keys: dict[str, str], study: str, results: Path, mode: str, **where: Any) -> None:
-    """Run one cell, or return its stored result: the unit that sweeps, agents and clusters call.
+    """Run one cell, or show its stored result.
 
+    This is what sweeps, agents and clusters call; keys may also be written as W&B does, --train_examples=60.
+
+    \b
     bench run --task sst2 --method variator --ratio 4 --backbone t5-base --seed 0
-    """
+    """  # noqa: D301
     from bench.config import RunConfig
     from bench.launch.listing import run_and_print
     from bench.results import ResultStore
@@ -191,15 +193,20 @@ main.add_command(_with_keys(_run))
 
 
 def _sweep(keys: dict[str, str], sweep: str, study: str | None, results: Path, mode: str, **where: Any) -> None:
-    """Run every cell of SWEEP, a file or a shipped name, on this machine; run it again to go on.
+    """Run what is missing of a sweep on this machine.
 
-    A key replaces the file's values, commas separating several: bench sweep glue --task rte --seed 0,1
-    """
+    SWEEP is a file or a shipped name. Stop it at any moment and run it again to go on. A key replaces the file's
+    values, commas separating several:
+
+    \b
+    bench sweep sweeps/glue.yaml
+    bench sweep glue --task rte --seed 0,1
+    """  # noqa: D301
     from bench.launch.listing import run_and_print
     from bench.launch.sweep import find_sweep, read_sweep
     from bench.results import ResultStore
 
-    read = read_sweep(find_sweep(sweep), keys)
+    read = read_sweep(find_sweep(sweep), keys, where["data_root"])
     store = ResultStore(results, study or read.name)
     sys.exit(run_and_print(read.configs, store, _surroundings(**where), mode, summary=True))  # type: ignore[arg-type]
 
@@ -212,11 +219,9 @@ main.add_command(_with_keys(_sweep))
 
 @main.command(context_settings=CONTEXT)
 @click.argument("study", required=False)
-@click.option(
-    "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, help="Folder of studies."
-)
+@_results
 def status(study: str | None, results: Path) -> None:
-    """Show how far each STUDY is, what failed and why."""
+    """Show how far STUDY is, or every study; what failed and why."""
     from bench.launch.listing import print_status
 
     print_status(results, study)
@@ -224,11 +229,9 @@ def status(study: str | None, results: Path) -> None:
 
 @main.command(context_settings=CONTEXT)
 @click.argument("study")
-@click.option(
-    "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, help="Folder of studies."
-)
+@_results
 def report(study: str, results: Path) -> None:
-    """Make the tables and figures of STUDY again from its results, and print the summary."""
+    """Make the tables and figures of STUDY from its results."""
     from bench.launch.listing import print_report
 
     print_report(results, study)

@@ -43,6 +43,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 """Named sets of defaults. Precedence: field default < recipe < sweep file < command line."""
 
+_BUDGET = frozenset({"ratio", "steps", "batch_size"})
+"""Fields that a method may leave unread; ``Method.uses`` names those that it reads."""
+
 Decay = Literal["linear", "cosine", "constant"]
 
 
@@ -56,27 +59,39 @@ class RunConfig(BaseModel):
     backbone
         Built-in name, Hub id, or local folder.
     method
-        Name of the method.
+        Name of the method; ``bench list methods`` shows them.
     ratio
         For Variator k; for any other method, the remaining encoder FLOPs of the plugin at that k.
     seed
         Seeds heads, data order, plugins and dropout.
     recipe
-        Named set of defaults.
+        Named set of defaults; ``bench list recipes`` shows what each sets.
     train_examples
         Use only so many training examples (a fixed subset); all by default.
     dev_examples
         Report on only so many dev examples (a fixed subset); all by default.
     max_length
         Longest input in tokens; the task's own by default.
-    teacher_epochs, teacher_batch_size
-        Length of the teacher's fine-tuning.
-    teacher_lr, teacher_decay, teacher_warmup, teacher_weight_decay, teacher_clip
-        Its optimisation; ``teacher_warmup`` is a share of its steps.
+    teacher_epochs
+        Passes over the training split to fine-tune the teacher.
+    teacher_batch_size
+        Examples a step of the teacher's fine-tuning.
+    teacher_lr
+        Peak learning rate of the teacher's fine-tuning.
+    teacher_decay
+        Teacher's learning rate after the warm-up: ``linear`` or ``cosine`` to zero, or ``constant``.
+    teacher_warmup
+        Share of the teacher's steps over which its learning rate rises.
+    teacher_weight_decay
+        AdamW's weight decay of the teacher's fine-tuning.
+    teacher_clip
+        Largest gradient norm of the teacher's fine-tuning.
     teacher_lora
-        Fine-tune by LoRA (q and v, rank 16, alpha 32) instead of all weights.
-    steps, batch_size
-        The budget of optimiser steps and examples per step of every method that trains.
+        Fine-tune the teacher by LoRA (q and v, rank 16, alpha 32) instead of all weights.
+    steps
+        Optimiser steps on the task of every method that trains.
+    batch_size
+        Examples a step of every method that trains.
     precision
         ``bf16`` trains under autocast; evaluation and measuring are always in fp32.
     options
@@ -127,7 +142,8 @@ class RunConfig(BaseModel):
             if key not in known:
                 raise ConfigError(f"unknown key '{key}'.{suggest(key, known)} `bench list keys` shows all.")
         merged = {**RECIPES[recipe], **{k: v for k, v in values.items() if v is not None}}
-        core = {k: v for k, v in merged.items() if k in cls.model_fields}
+        unused = _BUDGET - chosen.uses
+        core = {k: v for k, v in merged.items() if k in cls.model_fields and k not in unused}
         own = {k: merged[k] for k in chosen.options() if k in merged}
         try:
             config = cls(**core, options=chosen.options() | own)
@@ -180,7 +196,7 @@ class RunConfig(BaseModel):
             Where a method's further inputs lie, such as a pre-training corpus.
         """
         chosen = self.build_method()
-        unused = {"ratio", "steps", "batch_size"} - chosen.uses
+        unused = _BUDGET - chosen.uses
         core = {
             name: getattr(self, name)
             for name in RunConfig.model_fields

@@ -296,13 +296,15 @@ class ResultStore:
         Raises
         ------
         BenchError
-            If the file is there but is no valid result.
+            If the file cannot be read, or is no valid result.
         """
         path = self.path(run_id)
         try:
             content = path.read_bytes()
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise BenchError(f"cannot read {path}: {error.strerror}. Correct it, or choose another folder.") from error
         return parse(content, path)
 
     def write(self, result: RunResult) -> Path:

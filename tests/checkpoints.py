@@ -32,6 +32,7 @@ QUICK = {
     "steps": 6,
     "batch_size": 8,
     "precision": "fp32",
+    "pretrain_steps": 0,
     "bottleneck": 8,
 }
 """Settings of a run of a second or two."""
@@ -87,7 +88,11 @@ def encode_hidden(model: Any, **inputs: Tensor) -> Tensor:
 
 
 def task_file(folder: Path, examples: int = 60, **changes: Any) -> Path:
-    """Write a task of one's own, two classes that a word tells apart, and return its YAML file."""
+    """Write a task of one's own, two classes that a word tells apart, and return its YAML file.
+
+    ``changes`` are keys of that file, ``None`` to leave one out; the data have more columns than two: ``other``, a
+    second text, ``number``, and ``answer``, a word of the text.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for split, seed in (("train", 0), ("dev", 1)):
         rng = np.random.default_rng(seed)
@@ -96,7 +101,14 @@ def task_file(folder: Path, examples: int = 60, **changes: Any) -> Path:
             " ".join([*rng.choice(WORDS[:20], size=int(n)), "good" if label else "bad"])
             for n, label in zip(rng.integers(1, 14, examples), labels, strict=True)
         ]
-        pd.DataFrame({"text": texts, "label": labels}).to_csv(folder / f"{split}.csv", index=False)
+        columns = {
+            "text": texts,
+            "label": labels,
+            "other": [" ".join(rng.choice(WORDS[20:], size=3)) for _ in texts],
+            "number": rng.uniform(0, 3, examples),
+            "answer": [text.split()[-1] for text in texts],
+        }
+        pd.DataFrame(columns).to_csv(folder / f"{split}.csv", index=False)
     lines = {
         "train": "train.csv",
         "dev": "dev.csv",
@@ -106,7 +118,7 @@ def task_file(folder: Path, examples: int = 60, **changes: Any) -> Path:
         **changes,
     }
     path = folder / "mood.yaml"
-    path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
+    path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items() if value is not None))
     return path
 
 

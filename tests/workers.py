@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ from bench.errors import BenchError
 from bench.locks import hold
 from bench.progress import Silent
 from bench.results import ResultStore, RunResult, write_atomic
-from bench.runner import Mode, Surroundings, run
+from bench.runner import Surroundings, run
 from bench.training.distill import attach_for_good
 from bench.training.loop import Checkpoint, Schedule, train
 from tests.checkpoints import encode_hidden, random_plugin, tiny_model, tokens
@@ -98,13 +99,13 @@ def train_tiny(
 
 
 def train_in_process(checkpoint: Path, steps_file: Path, out: Path, pause_from: int | None) -> None:
-    """Train, noting every step in a file, each from ``pause_from`` on taking long; save what comes out."""
+    """Train, noting every step in a file, and save what comes out; at step ``pause_from`` it waits to be killed."""
 
     def on_step(step: int) -> None:
         with steps_file.open("a") as file:
             file.write(f"{step}\n")
-        if pause_from is not None and step >= pause_from:
-            time.sleep(0.5)
+        if step == pause_from:
+            time.sleep(600)
 
     torch.save(train_tiny(Checkpoint(checkpoint, every_seconds=0.0), on_step), out)
 
@@ -134,10 +135,10 @@ def write_results(root: Path, result: RunResult, times: int) -> None:
 
 
 class Noting(Silent):
-    """Notes in a file whatever is trained, step by step."""
+    """Notes in a file whatever is trained, step by step; ``adapt`` waits until the file ``gate`` is there."""
 
-    def __init__(self, path: Path, pause: float) -> None:
-        self.path, self.pause, self.current = path, pause, ""
+    def __init__(self, path: Path, gate: Path | None) -> None:
+        self.path, self.gate, self.current = path, gate, ""
 
     def stage(self, name: str, total: int, weight: float = 0.0) -> None:
         self.current = name
@@ -145,29 +146,33 @@ class Noting(Silent):
     def advance(self, steps: int = 1, **numbers: float) -> None:
         with self.path.open("a") as file:
             file.write(f"{os.getpid()} {self.current} {steps}\n")
-        if self.current == "adapt":
-            time.sleep(self.pause)
+        while self.current == "adapt" and self.gate and not self.gate.exists():
+            time.sleep(0.01)
 
     def message(self, text: str) -> None:
         with self.path.open("a") as file:
             file.write(f"{os.getpid()} says {text}\n")
 
 
-def run_cell(config: RunConfig, results: Path, cache: Path, notes: Path, pause: float, mode: Mode = "missing") -> None:
+def run_cell(config: RunConfig, results: Path, cache: Path, notes: Path, gate: Path | None) -> None:
     """Run one cell, noting its progress, and its result beside the notes."""
     quick_measuring()
     store, where = ResultStore(results, "study"), Surroundings(cache_dir=cache, device="cpu")
-    result = run(config, store, where, mode, Noting(notes, pause))
+    result = run(config, store, where, progress=Noting(notes, gate))
     notes.with_suffix(f".{os.getpid()}.json").write_text(result.model_dump_json())
 
 
 def quick_measuring() -> None:
-    """Time one small batch instead of two large ones."""
+    """Time one small batch instead of two large ones, and fit a plugin on a tenth of the tokens."""
     import bench.costing
+    import bench.methods.variator
 
     bench.costing.TIMED_BATCH_SIZES = (2,)
     bench.costing.TIMED_LENGTH = 16
+    bench.methods.variator.FIT_TOKENS = 2000
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # what was imported need not be looked through before every timing
 
 
 def unprivileged(root: Path, out: Path) -> None:

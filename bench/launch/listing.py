@@ -1,4 +1,4 @@
-"""What the commands print. Imports torch, pandas and the analysis only where a command needs them."""
+"""What the commands print, but for the plan. Imports torch, pandas and the analysis only where a command needs them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,11 @@ from rich.table import Table
 
 from bench.config import RECIPES, RunConfig
 from bench.errors import BenchError, suggest
-from bench.launch.display import Display, clock
-from bench.launch.plan import PLANNED_LENGTH, PlannedCell, estimate_seconds, observed_rate, plan
+from bench.launch.display import Display, console, one_line, say
+from bench.launch.plan import observed_rate, plan
 from bench.locks import is_held
 from bench.results import ResultStore, RunResult
 from bench.runner import Mode, Surroundings
-
-
-def console(stderr: bool = False) -> Console:
-    """Return a console that is wide enough for the tables also where output goes to a file."""
-    probe = Console(stderr=stderr)
-    return probe if probe.is_terminal else Console(stderr=stderr, width=140)
 
 
 def print_listing(what: str) -> None:
@@ -71,76 +65,24 @@ def print_listing(what: str) -> None:
     console().print(table)
 
 
-def print_plan(cells: Sequence[PlannedCell], rate: float | None) -> None:
-    """Print one line a cell, and what all of it will take."""
-    out = console()
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in (
-        "task",
-        "backbone",
-        "method",
-        "seed",
-        "knob",
-        f"remaining@{PLANNED_LENGTH}",
-        "dense GFLOPs",
-        "parameters",
-        "fp32 weights",
-        "added",
-        "cached",
-        "state",
-    ):
-        table.add_column(column, overflow="fold", justify="right" if column[0] in "rdpfa" else "left")
-    for cell in cells:
-        config = cell.config
-        names = [Path(n).name if "/" in n else n for n in (config.task, config.backbone)]
-        state = f"{cell.state}: {cell.reason}" if cell.reason else cell.state
-        if cell.remaining is None or cell.parameters is None or cell.added is None:
-            table.add_row(*names, config.method, str(config.seed), *[""] * 7, state)
-            continue
-        added = f"{cell.added:,} ({cell.added / cell.parameters:.2%})" if cell.added else "0"
-        table.add_row(
-            *names,
-            config.method,
-            str(config.seed),
-            cell.knob,
-            f"{cell.remaining:.1%}",
-            f"{cell.encoder_gflops or 0:,.2f}",
-            f"{cell.parameters / 1e6:,.1f} M",
-            f"{(cell.weight_bytes or 0) / 2**30:,.2f} GiB",
-            added,
-            ", ".join(cell.cached),
-            state,
-        )
-    out.print(table)
-    states = Counter(cell.state for cell in cells)
-    seconds = estimate_seconds(cells, rate)
-    basis = (
-        "from the rate of the store's earlier runs"
-        if rate
-        else "a rough guess for two CPU cores; no run was timed here yet"
-    )
-    out.print(f"{len(cells)} cells: {', '.join(f'{n} {state}' for state, n in states.items())}.", highlight=False)
-    if seconds:
-        out.print(f"About {clock(seconds)} to run ({basis}).", highlight=False)
-
-
 def run_and_print(
     configs: Sequence[RunConfig], store: ResultStore, where: Surroundings, mode: Mode, summary: bool = False
 ) -> int:
-    """Run cells under a live display and print the outcome; return the exit code, 1 where a cell failed."""
+    """Run cells under a live display and print the outcome; return the exit code, 1 where a cell failed.
+
+    Raises
+    ------
+    BenchError
+        If no cell can be run at all: that is a mistake in the command and no failure of a cell.
+    """
     from bench.launch.local import run_all
 
     cells = plan(configs, store, where, mode)
+    if all(cell.state == "error" for cell in cells):
+        raise BenchError("\n".join(dict.fromkeys(cell.reason for cell in cells)))
     rate = observed_rate(store) if any(cell.flops for cell in cells) else None
     with Display(cells, rate, console(stderr=True)) as display:
-
-        def on_cell(index: int, result: RunResult | None) -> None:
-            if result is None:
-                display.begin(index)
-            else:
-                display.finish(index, result.status)
-
-        results, failures = run_all(configs, store, where, mode, display, on_cell)
+        results, failures = run_all(configs, store, where, mode, display)
     out = console()
     if summary and any(result.status == "done" for result in results):
         print_report(store.root, store.study)
@@ -148,7 +90,9 @@ def run_and_print(
         for result in results:
             _print_result(result, store, where, out)
     for config, reason in failures:
-        out.print(f"not done: {config.label}: {reason}", highlight=False, markup=False)
+        say(out, f"not done: {config.label}: {one_line(reason)}")
+    if mode == "missing" and any(result.status in ("failed", "diverged") for result in results):
+        say(out, "Failures are kept. Once the cause is mended, --mode retry-failed runs these cells again.")
     return 1 if failures else 0
 
 
@@ -156,20 +100,22 @@ def _print_result(result: RunResult, store: ResultStore, where: Surroundings, ou
     evaluation = result.evaluation("dev")
     if evaluation and result.cost:
         for name, interval in evaluation.metrics.items():
-            out.print(
+            say(
+                out,
                 f"{name} {interval.value:.4f} [{interval.low:.4f}, {interval.high:.4f}] "
-                f"on {evaluation.n_examples} dev examples"
+                f"on {evaluation.n_examples} dev examples",
             )
         cost = result.cost
-        out.print(
+        say(
+            out,
             f"remaining encoder FLOPs {cost.achieved_remaining:.2%}, saved {1 - cost.achieved_remaining:.2%}; "
-            f"added parameters {cost.parameters_added:,} ({cost.parameters_added / cost.parameters_teacher:.2%})"
+            f"added parameters {cost.parameters_added:,} ({cost.parameters_added / cost.parameters_teacher:.2%})",
         )
         if plugin := next((s.artifact for s in result.training if s.artifact.startswith("plugin-")), None):
-            out.print(f"plugin: {where.artifacts / plugin}", soft_wrap=True, highlight=False)
+            say(out, f"plugin: {where.artifacts / plugin}")
     elif result.status == "skipped":
-        out.print(f"skipped: {result.reason}", markup=False)
-    out.print(f"{result.status}: {store.path(result.run_id)}", soft_wrap=True, highlight=False)
+        say(out, f"skipped: {one_line(result.reason or '')}")
+    say(out, f"{result.status}: {store.path(result.run_id)}")
 
 
 def print_status(root: Path, study: str | None) -> None:
@@ -193,7 +139,7 @@ def print_status(root: Path, study: str | None) -> None:
                 result = store.read(path.stem)
             except BenchError as error:
                 counts["unreadable"] += 1
-                rest.append(str(error))
+                rest.append(f"unreadable: {error}")
                 continue
             if result is None:
                 continue
@@ -202,10 +148,10 @@ def print_status(root: Path, study: str | None) -> None:
                 state = "interrupted"
             counts[state] += 1
             if state != "done":
-                rest.append(f"{state}: {_label(result)}: {result.reason or ''}")
-        out.print(f"{name}: {', '.join(f'{n} {state}' for state, n in counts.items()) or 'no runs'}", highlight=False)
+                rest.append(f"{state}: {_label(result)} ({result.run_id}): {one_line(result.reason or '')}")
+        say(out, f"{name}: {', '.join(f'{n} {state}' for state, n in counts.items()) or 'no runs'}")
         for line in rest:
-            out.print(f"  {line.rstrip(': ')}", highlight=False, markup=False)
+            say(out, f"  {line.rstrip(': ')}")
 
 
 def _label(result: RunResult) -> str:
@@ -225,7 +171,7 @@ def print_report(root: Path, study: str) -> None:
     out = console()
     print_summary(root / study, out)
     for problem in made.problems:
-        out.print(f"warning: {problem}", highlight=False, markup=False)
+        say(out, f"warning: {problem}")
     for path in made.paths:
         if path.suffix in (".png", ".md"):
-            out.print(str(path), soft_wrap=True, highlight=False)
+            say(out, str(path))

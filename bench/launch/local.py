@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Protocol
 
 from bench.config import RunConfig
 from bench.errors import BenchError
@@ -13,22 +14,27 @@ from bench.runner import Mode, Surroundings, run
 Failure = tuple[RunConfig, str]
 
 
+class Watcher(Progress, Protocol):
+    """Receives which cell is run, besides what it is doing."""
+
+    def begin(self, index: int) -> None:
+        """Start a cell."""
+
+    def finish(self, index: int, status: str, reason: str = "") -> None:
+        """End a cell, with the status of its result, or ``error`` where it has none."""
+
+
 def run_all(
-    configs: Iterable[RunConfig],
-    store: ResultStore,
-    where: Surroundings,
-    mode: Mode,
-    progress: Progress,
-    on_cell: Callable[[int, RunResult | None], None] = lambda index, result: None,
+    configs: Iterable[RunConfig], store: ResultStore, where: Surroundings, mode: Mode, watcher: Watcher
 ) -> tuple[list[RunResult], list[Failure]]:
     """Run every cell; one that fails does not end the others.
 
     Parameters
     ----------
-    configs, store, where, mode, progress
+    configs, store, where, mode
         As for ``bench.runner.run``.
-    on_cell
-        Called with a cell's index before it without a result, and after it with one.
+    watcher
+        Who watches.
 
     Returns
     -------
@@ -38,16 +44,15 @@ def run_all(
     results: list[RunResult] = []
     failures: list[Failure] = []
     for index, config in enumerate(configs):
-        on_cell(index, None)
+        watcher.begin(index)
         try:
-            result = run(config, store, where, mode, progress)
-        except BenchError as error:
+            result = run(config, store, where, mode, watcher)
+        except (BenchError, OSError) as error:
             failures.append((config, str(error)))
-            progress.message(f"{config.label}: {error}")
+            watcher.finish(index, "error", str(error))
             continue
         results.append(result)
         if result.status in ("failed", "diverged", "interrupted"):
             failures.append((config, f"{result.status}: {result.reason}"))
-            progress.message(f"{config.label}: {result.status}: {result.reason}")
-        on_cell(index, result)
+        watcher.finish(index, result.status, result.reason or "")
     return results, failures

@@ -69,7 +69,7 @@ def find_sweep(name: str) -> Path:
     )
 
 
-def read_sweep(path: Path, overrides: Mapping[str, str] | None = None) -> Sweep:
+def read_sweep(path: Path, overrides: Mapping[str, str] | None = None, data_root: Path | None = None) -> Sweep:
     """Read a sweep file in W&B's format and expand its grid.
 
     Parameters
@@ -78,6 +78,8 @@ def read_sweep(path: Path, overrides: Mapping[str, str] | None = None) -> Sweep:
         A YAML file with ``method: grid`` and ``parameters``, each with ``value`` or ``values``.
     overrides
         Key -> text that replaces the file's values; commas separate several.
+    data_root
+        Local data root, where a pre-training corpus may lie.
 
     Raises
     ------
@@ -96,7 +98,9 @@ def read_sweep(path: Path, overrides: Mapping[str, str] | None = None) -> Sweep:
         raise ConfigError(f"{path} is no sweep: expected a mapping with `method: grid` and `parameters`")
     for key in content:
         if key not in TOP_KEYS:
-            raise ConfigError(f"{path}: unknown key '{key}'.{suggest(str(key), TOP_KEYS)} Known: {', '.join(TOP_KEYS)}.")
+            raise ConfigError(
+                f"{path}: unknown key '{key}'.{suggest(str(key), TOP_KEYS)} Known: {', '.join(TOP_KEYS)}."
+            )
     if (search := content.get("method")) != "grid":
         raise ConfigError(f"{path}: method is {_shown(search)}; only `grid` lists its runs in advance")
     name = path.stem if content.get("name") is None else content["name"]
@@ -108,7 +112,7 @@ def read_sweep(path: Path, overrides: Mapping[str, str] | None = None) -> Sweep:
     grid = {str(key): _values(path, str(key), entry) for key, entry in parameters.items()}
     grid |= {key: parse_list(text) for key, text in (overrides or {}).items()}
     try:
-        return Sweep(name, expand(grid))
+        return Sweep(name, expand(grid, data_root))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -118,7 +122,9 @@ def _values(path: Path, key: str, entry: object) -> list[Any]:
     if key not in known:
         raise ConfigError(f"{path}: unknown parameter '{key}'.{suggest(key, known)} `bench list keys` shows all.")
     if not isinstance(entry, dict) or len(entry) != 1 or not {"value", "values"} & set(entry):
-        raise ConfigError(f"{path}: parameter '{key}' needs either `value: x` or `values: [x, y]`, found {_shown(entry)}")
+        raise ConfigError(
+            f"{path}: parameter '{key}' needs either `value: x` or `values: [x, y]`, found {_shown(entry)}"
+        )
     values = [entry["value"]] if "value" in entry else entry["values"]
     if not isinstance(values, list) or not values:
         raise ConfigError(f"{path}: the values of '{key}' must be a list that is not empty, found {_shown(values)}")
@@ -139,8 +145,15 @@ def parse_list(text: str) -> list[Any]:
     return [text] if "=" in text else [part.strip() for part in text.split(",")]
 
 
-def expand(grid: Mapping[str, Collection[Any]]) -> tuple[RunConfig, ...]:
+def expand(grid: Mapping[str, Collection[Any]], data_root: Path | None = None) -> tuple[RunConfig, ...]:
     """Return every combination once: points that differ only in what their method ignores are one run.
+
+    Parameters
+    ----------
+    grid
+        Key -> values.
+    data_root
+        As for ``read_sweep``.
 
     Raises
     ------
@@ -153,7 +166,7 @@ def expand(grid: Mapping[str, Collection[Any]]) -> tuple[RunConfig, ...]:
     distinct: dict[str, RunConfig] = {}
     for point in itertools.product(*grid.values()):
         config = RunConfig.build(dict(zip(grid, point, strict=True)))
-        key = repr(config.identity(config.task, config.backbone))
+        key = repr(config.identity(config.task, config.backbone, data_root))
         distinct.setdefault(key, config)
     order = {id(config): place for place, config in enumerate(distinct.values())}
     shared: dict[tuple[Any, ...], int] = {}

@@ -37,14 +37,32 @@ class Variator(Method):
         Whether padding is left out of scores, softmax and mean.
     init
         ``fit`` starts from the closed-form fit of ``bench.plugins.fit``; ``released`` from random weights.
-    pretrain_steps, pretrain_corpus, pretrain_batch_size, pretrain_length, pretrain_lr, pretrain_losses
-        Task-agnostic pre-training on text; 0 steps leave it out. Length in tokens.
-    lr, decay, warmup, weight_decay, clip
-        Optimisation of both steps but for ``pretrain_lr``; ``warmup`` is a share of the steps.
+    pretrain_steps
+        Steps of task-agnostic pre-training on text; 0 leaves it out.
+    pretrain_corpus
+        Text to pre-train on: ``wikitext2``, which is bundled, or a path; see ``bench.tasks.corpus``.
+    pretrain_batch_size
+        Spans of text a step of pre-training.
+    pretrain_length
+        Tokens of a span.
+    pretrain_lr
+        Peak learning rate of pre-training, which then falls linearly.
+    pretrain_losses
+        Mix of the loss parts of pre-training, as for ``losses``.
+    lr
+        Peak learning rate on the task.
+    decay
+        Learning rate on the task after the warm-up: ``linear`` or ``cosine`` to zero, or ``constant``.
+    warmup
+        Share of the steps, of pre-training and on the task, over which the learning rate rises.
+    weight_decay
+        AdamW's weight decay, in pre-training and on the task.
+    clip
+        Largest gradient norm, in pre-training and on the task.
     losses
-        Mix of the adaptation's loss parts; see ``bench.training.losses``.
+        Mix of loss parts on the task; ``bench.training.losses`` says what each is.
     temperature
-        Of the ``logits`` part.
+        Temperature of the ``logits`` part.
     """
 
     name = "variator"

@@ -77,8 +77,7 @@ class CompressionPair(nn.Module):
             real = mask.reshape(batch, n // self.k, self.k)
             groups = groups * real.unsqueeze(-1).to(u.dtype)
             scores = self.score(groups.flatten(2))
-            scores = scores.masked_fill(~real, torch.finfo(scores.dtype).min)
-            weights = scores.softmax(-1) * real.to(scores.dtype)
+            weights = scores.masked_fill(~real, torch.finfo(scores.dtype).min).softmax(-1)
         return torch.matmul(weights.unsqueeze(2), groups.to(weights.dtype)).squeeze(2)
 
     def decompress(self, y: Tensor, u: Tensor) -> Tensor:

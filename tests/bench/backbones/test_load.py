@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from bench.backbones.catalogue import spec_of
 from bench.backbones.load import load_task_model, load_tokenizer
-from bench.backbones.model import TaskModel
+from bench.backbones.model import TaskModel, TextToTextModel
 from bench.backbones.sites import EncoderView, digest
 from bench.errors import BackboneError
 from bench.tasks.catalogue import TASKS
+from bench.tasks.data import Example
 from bench.tasks.encoding import encode
 from bench.tasks.features import collate
 from bench.training.stage import model_inputs
@@ -80,8 +81,6 @@ def test_head_of_an_encoder_fits_the_task_and_the_seed(made: dict[str, Path], ta
 @pytest.mark.parametrize(("task", "shape"), [("sst2", (3, 2)), ("mnli", (3, 3))])
 def test_logits_have_one_column_a_class(checkpoint: Path, task: str, shape: tuple[int, int]) -> None:
     model, tokenizer = load(checkpoint, task), load_tokenizer(str(checkpoint))
-    from bench.tasks.data import Example
-
     pair = None if TASKS[task].text_pair is None else "this was good"
     examples = [Example(str(i), " ".join(WORDS[: i + 2]), pair, 0) for i in range(3)]
     batch = collate(encode(examples, TASKS[task], tokenizer, EncoderView(model).family), tokenizer.pad_token_id)  # type: ignore[arg-type]
@@ -197,3 +196,14 @@ def test_spec_is_the_shape_of_the_model(family: Family, made: dict[str, Path]) -
     assert (spec.family, spec.d_model, spec.encoder_layers) == (view.family, view.d_model, len(view.layers))
     assert (spec.d_ff, spec.n_heads, spec.d_head) == (64, 4, 8)
     assert spec.decoder_layers == (0 if family == "bert" else 2)
+
+
+@torch.no_grad()
+def test_a_number_from_a_text_to_text_backbone_is_the_expectation_over_its_words(made: dict[str, Path]) -> None:
+    plain = load(made["t5"])
+    words = plain.label_ids.tolist()
+    model = TextToTextModel(plain.model, plain.sentinel, words, [1.0, 5.0]).eval()
+    ids = torch.arange(5, 17).reshape(2, 6)
+    odds = plain(input_ids=ids).logits.exp()
+    expected = (odds[:, 0] * 1.0 + odds[:, 1] * 5.0) / odds.sum(1)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected.unsqueeze(1))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bench.backbones.model import share_weights
 from bench.backbones.sites import digest
 from bench.errors import PluginError
-from bench.plugins.bank import PluginBank
+from bench.plugins.bank import CompressedFFN, PluginBank
 from tests.checkpoints import FAMILIES, Family, encode_hidden, random_plugin, tiny_model, tokens
 
 IDS, MASK = tokens(3, 11), (torch.arange(11) < torch.tensor([[11], [4], [7]])).long()
@@ -65,6 +65,18 @@ def test_model_is_untouched_after_an_exception_in_a_forward_pass(model: Any) -> 
         encode_hidden(model, input_ids=IDS + 10**6, attention_mask=MASK)
     assert fingerprint(model) == before
     assert torch.equal(hidden(model), output)
+
+
+def test_nothing_of_a_batch_is_kept(model: Any) -> None:
+    def masks() -> set[Tensor | None]:
+        return {module.selection.mask for module in model.modules() if isinstance(module, CompressedFFN)}
+
+    with random_plugin(model, 2).attached(model):
+        hidden(model)
+        assert masks() == {None}
+        with pytest.raises(IndexError):
+            encode_hidden(model, input_ids=IDS + 10**6, attention_mask=MASK)
+        assert masks() == {None}
 
 
 def test_training_a_plugin_leaves_the_backbone_frozen(model: Any) -> None:

@@ -1,0 +1,121 @@
+"""The ``bench`` command in a process of its own, which can be watched and killed, and sweeps of a few seconds."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import struct
+import termios
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.checkpoints import QUICK, task_file, tiny_checkpoint
+from tests.workers import PATIENCE, quick_measuring, start
+
+
+@dataclass(frozen=True)
+class Command:
+    """A started command and what it prints."""
+
+    process: BaseProcess
+    folder: Path
+    at: Path
+
+    def wait(self) -> int:
+        """Wait for the end and return the exit code; a signal's is negative."""
+        self.process.join(PATIENCE)
+        assert self.process.exitcode is not None, f"still running after {PATIENCE} s: {self.err}"
+        return self.process.exitcode
+
+    @property
+    def out(self) -> str:
+        """Standard output so far."""
+        return (self.folder / "out").read_text()
+
+    @property
+    def err(self) -> str:
+        """Standard error so far."""
+        return (self.folder / "err").read_text()
+
+
+def launch(words: Sequence[str | Path], at: Path, terminal: bool = False) -> Command:
+    """Start ``bench`` with its working folder at ``at``, which then holds ``results`` and ``cache``.
+
+    With ``terminal``, what it prints goes to a terminal of 80 x 24, and comes back as ``out``.
+    """
+    folder = at / f"said-{len(list(at.glob('said-*')))}"
+    folder.mkdir(parents=True)
+    out, err = folder / "out", folder / "err"
+    out.touch()
+    err.touch()
+    arguments = [*map(str, words), "--cache-dir", str(at / "cache"), "--device", "cpu"]
+    if not terminal:
+        return Command(start(_bench, arguments, at, out, err), folder, at)
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    name = Path(os.ttyname(slave))
+    process = start(_bench, arguments, at, name, name)
+    threading.Thread(target=_copy, args=(master, out), daemon=True).start()
+    return Command(process, folder, at)
+
+
+def _copy(terminal: int, to: Path) -> None:
+    with to.open("ab", buffering=0) as file:
+        while True:
+            file.write(os.read(terminal, 65536))
+
+
+def bench(words: Sequence[str | Path], at: Path) -> tuple[int, Command]:
+    """Run ``bench`` to its end and return the exit code with what it printed."""
+    command = launch(words, at)
+    return command.wait(), command
+
+
+def _bench(arguments: list[str], at: Path, out: Path, err: Path) -> None:
+    os.chdir(at)
+    os.environ["TERM"] = "xterm-256color"
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY), descriptor)
+    quick_measuring()
+    from bench.cli import main
+
+    main(arguments, prog_name="bench")
+
+
+def tiny_sweep(folder: Path, name: str = "tiny", **parameters: Any) -> Path:
+    """Write a sweep over a tiny task and checkpoint, dense and k = 2, 4; a list gives several values."""
+    task, backbone = folder / "mood" / "mood.yaml", folder / "bert"
+    if not task.exists():
+        task_file(task.parent)
+        tiny_checkpoint(backbone, "bert")
+    given: dict[str, Any] = {
+        **QUICK,
+        "task": str(task),
+        "backbone": str(backbone),
+        "method": ["dense", "variator"],
+        "ratio": [2, 4],
+        **parameters,
+    }
+    lines = {key: {"values": value} if isinstance(value, list) else {"value": value} for key, value in given.items()}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({"name": name, "method": "grid", "parameters": lines}, sort_keys=False))
+    return path
+
+
+def results(at: Path, study: str = "tiny") -> dict[str, dict[str, Any]]:
+    """Return every stored result of a study by method and k, such as ``variator-4``; each must be whole."""
+    found = {}
+    for path in sorted((at / "results" / study / "runs").glob("*.json")):
+        result = json.loads(path.read_text())
+        config = result["config"]
+        name = config["method"] if config["method"] == "dense" else f"{config['method']}-{config['ratio']:g}"
+        assert name not in found, f"two results of {name}"
+        found[name] = result
+    return found
