@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.config import hash_of
-from bench.errors import BenchError
+from bench.errors import MachineError
 from bench.locks import hold
 
 META_FILE = "artifact.json"
@@ -65,7 +65,7 @@ class ArtifactCache:
 
         Raises
         ------
-        BenchError
+        MachineError
             If it is there but cannot be read.
         """
         key = self.key(kind, identity)
@@ -74,7 +74,9 @@ class ArtifactCache:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BenchError(f"{self.root / key} cannot be read ({error}). Remove it, and it is made again.") from None
+            raise MachineError(
+                f"{self.root / key} cannot be read ({error}). Remove it, and it is made again."
+            ) from None
         return Artifact(key, self.root / key, made, cached=True)
 
     def partial(self, key: str) -> Path:
@@ -103,7 +105,7 @@ class ArtifactCache:
 
         Raises
         ------
-        BenchError
+        MachineError
             If the cache's folder cannot be written.
         """
         found = self.find(kind, identity)
@@ -137,7 +139,7 @@ class ArtifactCache:
         try:
             yield
         except OSError as error:
-            raise BenchError(
+            raise MachineError(
                 f"cannot write the artifact cache {self.root}: {error.strerror or error}. "
                 "Choose another with --cache-dir or BENCH_CACHE."
             ) from error

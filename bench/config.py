@@ -171,7 +171,8 @@ class RunConfig(BaseModel):
     def label(self) -> str:
         """A short name for people, such as ``sst2 · minilm · variator k=4 · seed 0``."""
         ratio = f" k={self.ratio:g}" if self.ratio is not None and "ratio" in method(self.method).uses else ""
-        backbone, task = (Path(name).stem if "/" in name else name for name in (self.backbone, self.task))
+        backbone = Path(self.backbone).name if Path(self.backbone).is_dir() else self.backbone
+        task = Path(self.task).stem if "/" in self.task else self.task
         return f"{task} · {backbone} · {self.method}{ratio} · seed {self.seed}"
 
     def teacher_identity(self, data_revision: str, model_revision: str) -> dict[str, Any]:

@@ -26,6 +26,18 @@ class PluginError(BenchError):
     """A plugin cannot be read, or does not belong to the given backbone."""
 
 
+class MachineError(BenchError):
+    """A fault of the machine and not of the run, such as a full disk; the run is ``interrupted``."""
+
+
+class NoData(DataError, MachineError):
+    """A data set cannot be fetched: no network."""
+
+
+class NoWeights(BackboneError, MachineError):
+    """A checkpoint cannot be fetched: no network."""
+
+
 class Unreachable(BenchError):
     """A ratio asks for a cost that the method cannot reach; the run is skipped with this reason."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from bench.errors import BenchError
+from bench.errors import MachineError
 
 
 @contextmanager
@@ -19,7 +19,7 @@ def hold(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[Non
 
     Raises
     ------
-    BenchError
+    MachineError
         If the lock's folder cannot be written.
     """
     try:
@@ -31,7 +31,7 @@ def hold(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[Non
             waiting()
             lock.acquire()
     except OSError as error:
-        raise BenchError(f"cannot write {path.parent}: {error.strerror or error}. Choose another folder.") from error
+        raise MachineError(f"cannot write {path.parent}: {error.strerror or error}. Choose another folder.") from error
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bench.errors import BenchError
+from bench.errors import BenchError, ConfigError, MachineError
 
 SCHEMA_VERSION = 1
 
@@ -256,7 +257,7 @@ def write_atomic(path: Path, content: bytes) -> None:
             Path(name).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise BenchError(
+        raise MachineError(
             f"cannot write {path}: {error.strerror or error}. Free space or choose another folder."
         ) from error
 
@@ -272,9 +273,16 @@ class ResultStore:
         The ``results`` folder.
     study
         Name of the study, a folder under it.
+
+    Raises
+    ------
+    ConfigError
+        If the name is none of a folder below ``root``.
     """
 
     def __init__(self, root: Path | str, study: str) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", study):
+            raise ConfigError(f"'{study}' cannot name a study: letters, digits, '.', '_' and '-', no folder")
         self.root, self.study = Path(root), study
         self.folder = self.root / study
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import time
 import traceback
@@ -16,7 +17,7 @@ from bench.backbones.catalogue import spec_of
 from bench.backbones.source import local_folder, model_revision
 from bench.backbones.spec import BackboneSpec
 from bench.config import RunConfig, hash_of, run_id
-from bench.errors import BenchError, Diverged, Unreachable
+from bench.errors import BenchError, Diverged, MachineError, Unreachable
 from bench.locks import hold
 from bench.progress import Progress, Silent
 from bench.provenance import collect
@@ -200,12 +201,23 @@ def _run_locked(cell: Cell, store: ResultStore, where: Surroundings, progress: P
         store.write(result)
         raise
     except Exception as error:
-        result.status = "failed"
+        result.status = "interrupted" if _is_of_the_machine(error) else "failed"
         result.reason = str(error) if isinstance(error, BenchError) else f"{type(error).__name__}: {error}"
         result.traceback = traceback.format_exc()
     result.provenance.seconds = round(time.monotonic() - began, 3)
     store.write(result)
     return result
+
+
+def _is_of_the_machine(error: BaseException | None) -> bool:
+    """Return whether a run failed for want of space, permission, network or device, and not of its own."""
+    while error is not None:
+        if isinstance(error, MachineError) or "No space left on device" in str(error):
+            return True
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _execute(cell: Cell, store: ResultStore, where: Surroundings, progress: Progress, result: RunResult) -> None:
@@ -280,5 +292,7 @@ def _device(wanted: str) -> str:
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise BenchError("device cuda was asked for, but torch sees no GPU; use --device cpu")
+        raise MachineError(f"device {wanted} was asked for, but torch sees no GPU; use --device cpu")
+    if wanted != "cpu" and not wanted.startswith("cuda"):
+        raise MachineError(f"unknown device '{wanted}'; choose auto, cpu or cuda")
     return wanted

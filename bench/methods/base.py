@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from bench.backbones.spec import BackboneSpec
 from bench.errors import ConfigError
@@ -18,6 +19,19 @@ if TYPE_CHECKING:
     from bench.backbones.model import TaskModel
     from bench.context import RunContext, Teacher
     from bench.tasks.data import TaskData
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=0)]
+PositiveCount = Annotated[int, Field(gt=0)]
+"""Ranges of hyper-parameters; pydantic checks them when a method is built from options."""
+
+
+@functools.cache
+def _adapter(cls: type[Method]) -> TypeAdapter[Method]:
+    return TypeAdapter(cls)
 
 
 @dataclass(frozen=True)
@@ -111,7 +125,7 @@ class Method(ABC):
             If a value has the wrong type.
         """
         try:
-            return TypeAdapter(cls).validate_python(options)
+            return _adapter(cls).validate_python(options)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 from bench.backbones.spec import BackboneSpec
-from bench.methods.base import Method, Work
+from bench.methods.base import Count, Method, NonNegative, Positive, PositiveCount, Share, Work
 from bench.tasks.spec import TaskSpec
+from bench.training.mix import HIDDEN_PARTS, parse_mix
 
 if TYPE_CHECKING:
     from bench.artifacts import Artifact
@@ -72,22 +75,26 @@ class Variator(Method):
     trains = "the plugin alone; the backbone stays frozen"
     saves = "FFN rows: n/k instead of n in every encoder layer"
 
-    bottleneck: int = 64
+    bottleneck: PositiveCount = 64
     mask_padding: bool = True
     init: Literal["fit", "released"] = "fit"
-    pretrain_steps: int = 200
+    pretrain_steps: Count = 200
     pretrain_corpus: str = "wikitext2"
-    pretrain_batch_size: int = 16
-    pretrain_length: int = 128
-    pretrain_lr: float = 1e-3
+    pretrain_batch_size: PositiveCount = 16
+    pretrain_length: Annotated[int, Field(ge=8)] = 128
+    pretrain_lr: Positive = 1e-3
     pretrain_losses: str = "all_hidden=1"
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     decay: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    clip: float = 1.0
+    warmup: Share = 0.05
+    weight_decay: NonNegative = 0.0
+    clip: Positive = 1.0
     losses: str = "all_hidden=1,logits=0.1"
-    temperature: float = 1.0
+    temperature: Positive = 1.0
+
+    def __post_init__(self) -> None:
+        parse_mix(self.losses)
+        parse_mix(self.pretrain_losses, HIDDEN_PARTS)
 
     def skip(self, backbone: BackboneSpec, task: TaskSpec, ratio: float | None) -> str | None:
         """Refuse a ratio that is no whole number of vectors."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.errors import DataError, suggest
+from bench.errors import DataError, NoData, suggest
 from bench.tasks.sources import DATA_ROOT_VARIABLE, FORMATS
 from bench.tasks.spec import TaskSpec
 
@@ -110,7 +110,8 @@ def read_hub(spec: TaskSpec, columns: Sequence[str]) -> dict[str, Rows]:
         try:
             splits = load_dataset(source.hub, source.config, revision=source.revision)
         except Exception as error:
-            raise DataError(_unavailable(spec, named, columns, reachable, error)) from error
+            kind = DataError if reachable else NoData
+            raise kind(_unavailable(spec, named, columns, reachable, error)) from error
     found = {"train": source.train, "dev": source.dev}
     for name in found.values():
         if name not in splits:

@@ -170,7 +170,7 @@ USAGE: list[tuple[Sequence[str], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("words", "message"), USAGE, ids=lambda value: " ".join(value)[:50])
+@pytest.mark.parametrize(("words", "message"), USAGE, ids=[" ".join(words) for words, _ in USAGE])
 def test_what_cannot_be_meant_says_so_and_stores_nothing(here: Path, words: list[str], message: str) -> None:
     (here / "gpt").mkdir()
     (here / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')

@@ -38,30 +38,41 @@ def hidden_error(model: Any, plugin: Plugin, inputs: list[dict[str, Tensor]]) ->
     return float(np.mean(errors))
 
 
+def norm_and_ffn(model: Any, index: int) -> tuple[Any, Any]:
+    """Return what turns the residual stream into the FFN's input, and the FFN, of a dense layer."""
+    if hasattr(model, "bert"):
+        layer = model.bert.encoder.layer[index]
+        first, second = layer.intermediate, layer.output.dense
+        return (lambda stream: stream), (lambda u: second(first(u)))
+    last = model.encoder.block[index].layer[-1]
+    return last.layer_norm, last.DenseReluDense
+
+
+def adder(model: Any, index: int) -> Any:
+    """Return the module that adds the FFN's output to the stream, which is its last argument."""
+    return model.bert.encoder.layer[index].output if hasattr(model, "bert") else model.encoder.block[index].layer[-1]
+
+
 @torch.no_grad()
-def first_layer(model: Any, inputs: list[dict[str, Tensor]], k: int) -> tuple[Array, Array]:
+def regression(model: Any, plugin: Plugin, index: int, inputs: list[dict[str, Tensor]]) -> tuple[Array, Array]:
     """Return regressors (tokens, 2d) and what mean pooling loses (tokens, d), gathered one position at a time."""
-    bert = model.bert
-    layer = bert.encoder.layer[0]
+    norm, ffn = norm_and_ffn(model, index)
     caught: list[Tensor] = []
-    handle = layer.intermediate.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
-
-    def ffn(u: Tensor) -> Tensor:
-        dense: Tensor = layer.output.dense(layer.intermediate.intermediate_act_fn(layer.intermediate.dense(u)))
-        return dense
-
+    with plugin.attached(model):
+        handle = adder(model, index).register_forward_pre_hook(lambda module, args: caught.append(args[-1]))
+        for batch in inputs:
+            encode_hidden(model, **batch)
+        handle.remove()
     x, r = [], []
-    for batch in inputs:
-        caught.clear()
-        bert(**batch)
-        for u, n in zip(caught[0], batch["attention_mask"].sum(1).tolist(), strict=True):
-            for start in range(0, n, k):
-                members = u[start : min(start + k, n)]
+    for batch, given in zip(inputs, caught, strict=True):
+        for row, n in zip(given, batch["attention_mask"].sum(1).tolist(), strict=True):
+            u = norm(row)
+            for start in range(0, n, plugin.config.k):
+                members = u[start : min(start + plugin.config.k, n)]
                 y = ffn(members.mean(0))
                 for member in members:
                     x.append(torch.cat([y, member]))
                     r.append(ffn(member) - y)
-    handle.remove()
     return torch.stack(x).double().numpy(), torch.stack(r).double().numpy()
 
 
@@ -73,13 +84,15 @@ def reduced_rank(x: Array, r: Array, rank: int) -> Array:
     return fitted @ directions[:rank].T @ directions[:rank] + r.mean(0)
 
 
-@pytest.mark.parametrize("rank", [2, 6])
-def test_a_layer_is_the_reduced_rank_regression(rank: int) -> None:
-    model, inputs, k = tiny_model("bert"), batches(30, seed=0), 3
-    plugin = Plugin.for_model(model, k, bottleneck=rank)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("index", "rank"), [(0, 2), (0, 6), (1, 6)])
+def test_a_layer_is_the_reduced_rank_regression(family: Family, index: int, rank: int) -> None:
+    """On what the compressed layers below it give."""
+    model, inputs = tiny_model(family), batches(30, seed=0)
+    plugin = Plugin.for_model(model, 3, bottleneck=rank)
     fit_least_squares(plugin, model, inputs)
-    pair = plugin.pairs[0]
-    x, r = first_layer(model, inputs, k)
+    pair = plugin.pairs[index]
+    x, r = regression(model, plugin, index, inputs)
     w1 = torch.cat((pair.w1_y.weight, pair.w1_u.weight), dim=1).detach().double().numpy()
     b1, w2, b2 = (t.detach().double().numpy() for t in (pair.w1_u.bias, pair.w2.weight, pair.w2.bias))
     inner = x @ w1.T + b1
