@@ -133,8 +133,8 @@ class RunConfig(BaseModel):
         ConfigError
             If a key or name is unknown (the nearest is given), or a value is of the wrong type or out of range.
         """
-        chosen = method(str(values.get("method", cls.model_fields["method"].default)))
-        recipe = str(values.get("recipe", "default"))
+        chosen = method(str(values.get("method") or cls.model_fields["method"].default))
+        recipe = str(values.get("recipe") or "default")
         if recipe not in RECIPES:
             raise unknown("recipe", recipe, RECIPES)
         known = known_keys()

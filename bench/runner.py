@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from bench.artifacts import ArtifactCache
 from bench.backbones.catalogue import spec_of
-from bench.backbones.source import local_folder, model_revision
+from bench.backbones.source import fetch, local_folder, model_revision
 from bench.backbones.spec import BackboneSpec
 from bench.config import RunConfig, hash_of, run_id
 from bench.errors import BenchError, Diverged, MachineError, Unreachable
@@ -226,7 +226,7 @@ def _execute(cell: Cell, store: ResultStore, where: Surroundings, progress: Prog
     from bench.backbones.load import load_tokenizer
     from bench.context import RunContext
     from bench.costing import EVALUATION_BATCH_SIZE, measure_cost, measure_speed
-    from bench.tasks.data import load_task
+    from bench.tasks.data import load_task, sample
     from bench.tasks.encoding import encode
     from bench.tasks.evaluation import evaluate
     from bench.training.teacher import get_teacher, teacher_evaluation
@@ -236,10 +236,11 @@ def _execute(cell: Cell, store: ResultStore, where: Surroundings, progress: Prog
     result.provenance.device = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     result.provenance.threads = torch.get_num_threads()
     data = load_task(cell.task, where.data_root, config.train_examples)
-    if config.dev_examples:
-        data = dataclasses.replace(data, dev=data.dev[: config.dev_examples])
+    data = dataclasses.replace(data, dev=sample(data.dev, config.dev_examples))
     result.provenance.data_digest = data.digest
     tokenizer = load_tokenizer(config.backbone)
+    if "@hub:" in cell.revisions["model"]:
+        result.provenance.model_digest = f"{cell.revisions['model']}, commit {fetch(config.backbone).name}"
     splits = {"train": data.train, "selection": data.selection, "dev": data.dev}
     ctx = RunContext(
         config=config,
@@ -254,6 +255,8 @@ def _execute(cell: Cell, store: ResultStore, where: Surroundings, progress: Prog
         cache=ArtifactCache(where.artifacts),
         progress=progress,
     )
+    # the lists are filled as the run goes on, so that a failed one tells what it had done
+    result.training, result.notes = ctx.stages, ctx.notes
     teacher = get_teacher(ctx)
     chosen = config.build_method()
     ctx.knob = chosen.knob(cell.spec, config.ratio)
@@ -283,7 +286,7 @@ def _execute(cell: Cell, store: ResultStore, where: Surroundings, progress: Prog
     progress.stage("count FLOPs", 1)
     result.cost = measure_cost(model, teacher, ctx)
     result.latency, result.memory = measure_speed(model, teacher, ctx)
-    result.training, result.notes, result.knob = ctx.stages, ctx.notes, ctx.knob
+    result.knob = ctx.knob
 
 
 def _device(wanted: str) -> str:

@@ -137,6 +137,14 @@ def split_train(examples: Sequence[Example], where: str = "train") -> tuple[list
     return train, selection
 
 
+def sample(examples: Sequence[Example], count: int | None) -> list[Example]:
+    """Return ``count`` of the examples in their order, chosen by a hash of their texts; all where it is ``None``."""
+    if count is None or count >= len(examples):
+        return list(examples)
+    chosen = {id(example) for example in sorted(examples, key=_position)[:count]}
+    return [example for example in examples if id(example) in chosen]
+
+
 def _position(example: Example) -> float:
     """Return where the example's text falls in [0, 1)."""
     content = f"{example.text}\x1f{example.text_pair or ''}".encode("utf-8", "surrogatepass")
