@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import pandas as pd
 
 from analysis import words
@@ -31,9 +32,14 @@ def caveats(study: Study, table: pd.DataFrame) -> list[str]:
 
 def _subsampling(done: pd.DataFrame) -> list[str]:
     lines = []
-    for option, what in (("train_examples", "Trained"), ("dev_examples", "Evaluated")):
-        sizes = pd.to_numeric(done.get(f"option.{option}", pd.Series(dtype=float)), errors="coerce")
-        limited = [f"{task} ({_spread(rows)})" for task, rows in sizes[sizes > 0].groupby(done["task"])]
+    for split, what in (("train", "Trained"), ("dev", "Evaluated")):
+        used, there = (
+            done.get(f"examples.{name}", pd.Series(np.nan, index=done.index)) for name in (split, f"{split}_available")
+        )
+        sizes = used[used < there]
+        limited = [
+            f"{task} ({_spread(rows)} of {_spread(there[rows.index])})" for task, rows in sizes.groupby(done["task"])
+        ]
         if limited:
             lines.append(f"{what} on a sub-sample of the examples, not on all: {', '.join(limited)}.")
     return lines

@@ -123,6 +123,7 @@ def _row(result: RunResult) -> dict[str, Any]:
     row |= _scores(result) | _costs(result) | _timings(result)
     own = [stage for stage in result.training if stage.name != "teacher"]
     row |= {f"training_{what}": sum(getattr(stage, what) for stage in own) for what in ("seconds", "steps", "flops")}
+    row |= {f"examples.{name}": count for name, count in result.examples.items()}
     made = result.provenance
     row |= {name: getattr(made, name) for name in ("commit", "dirty", "device", "hardware", "threads", "started")}
     row |= {"caveat": result.task.get("caveat") or "", "notes": "; ".join(result.notes)}
@@ -197,6 +198,7 @@ def _timings(result: RunResult) -> dict[str, Any]:
         name = _shape_column("latency_ratio", shape.batch_size, shape.sequence_length, row)
         row[name] = float(np.median(ratios)) if len(ratios) else math.nan
         row[f"{name}_low"], row[f"{name}_high"] = median_bounds(ratios)
+        row[f"{name}_flops"] = shape.compressed_flops / shape.dense_flops if shape.dense_flops else math.nan
     for peak in result.memory:
         name = _shape_column("memory_ratio", peak.batch_size, peak.sequence_length, row)
         row[name] = peak.compressed_bytes / peak.dense_bytes

@@ -156,7 +156,7 @@ def _plan(keys: dict[str, str], sweep: str | None, study: str | None, results: P
         read = read_sweep(find_sweep(sweep), keys, where["data_root"])
         name, configs = read.name, read.configs
     else:
-        name, configs = "runs", expand({key: parse_list(text) for key, text in keys.items()}, where["data_root"])
+        name, configs = "runs", expand({key: parse_list(key, text) for key, text in keys.items()}, where["data_root"])
     store = ResultStore(results, study or name)
     cells = plan(configs, store, _surroundings(**where), mode)  # type: ignore[arg-type]
     print_plan(cells, observed_rate(store))

@@ -103,7 +103,10 @@ def measure_speed(model: TaskModel, teacher: Teacher, ctx: RunContext) -> tuple[
     latencies, memories = [], []
     for size in TIMED_BATCH_SIZES:
         inputs = _full_batch(ctx, size, length)
-        latencies.append(interleaved(teacher.model, model, inputs, ctx.device, max_seconds=4.0))
+        latency = interleaved(teacher.model, model, inputs, ctx.device, max_seconds=4.0)
+        latency.dense_flops = count_dispatched(teacher.model, inputs, parts_of(teacher.model)).total
+        latency.compressed_flops = count_dispatched(model, inputs, parts_of(model)).total
+        latencies.append(latency)
         memories.append(
             Memory(
                 batch_size=size,

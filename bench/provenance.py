@@ -44,6 +44,9 @@ def _git() -> tuple[str | None, bool | None]:
     """Return the commit of the code that runs and whether it was changed; ``None`` outside a checkout."""
     here = Path(__file__).resolve().parent
     try:
+        # an installed package may lie inside somebody else's repository
+        own = ["git", "-C", str(here), "ls-files", "--error-unmatch", "provenance.py"]
+        subprocess.run(own, capture_output=True, check=True, timeout=10)
         commit = subprocess.run(
             ["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
         )

@@ -120,7 +120,7 @@ class Cost(_Model):
     bytes_added
         Size on disk of what the method must store beyond the teacher.
     bytes_teacher
-        Size on disk of the teacher's weights.
+        Size on disk of the teacher: all weights, or with LoRA the adapter and the head alone.
     """
 
     real: CostPair
@@ -139,13 +139,16 @@ class Cost(_Model):
 class Latency(_Model):
     """Interleaved timings of the teacher and the compressed model at one input shape.
 
-    Sample i of both lists was taken back to back, so that the ratio stands on a noisy machine.
+    Sample i of both lists was taken back to back, so that the ratio stands on a noisy machine. The FLOPs are those of
+    the whole model on the batch that was timed.
     """
 
     batch_size: int
     sequence_length: int
     dense_seconds: list[float]
     compressed_seconds: list[float]
+    dense_flops: int = 0
+    compressed_flops: int = 0
 
 
 class Memory(_Model):
@@ -171,7 +174,7 @@ class TrainingStage(_Model):
     steps, examples
         Optimiser steps, and examples seen.
     flops
-        Estimated training FLOPs of the stage.
+        Estimated training FLOPs of the stage, in the encoder.
     seconds
         Wall time when it was made.
     history
@@ -208,7 +211,11 @@ class Provenance(_Model):
 
 
 class RunResult(_Model):
-    """Everything that one run leaves, but the per-example predictions (a parquet file beside it)."""
+    """Everything that one run leaves, but the per-example predictions (a parquet file beside it).
+
+    ``examples`` counts what was used and what there was: ``train``, ``train_available``, ``selection``, ``dev`` and
+    ``dev_available``.
+    """
 
     schema_version: int = SCHEMA_VERSION
     run_id: str
@@ -221,6 +228,7 @@ class RunResult(_Model):
     task: dict[str, Any] = Field(default_factory=dict)
     knob: dict[str, Any] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
+    examples: dict[str, int] = Field(default_factory=dict)
     evaluations: list[Evaluation] = Field(default_factory=list)
     teacher_evaluations: list[Evaluation] = Field(default_factory=list)
     cost: Cost | None = None
@@ -281,8 +289,8 @@ class ResultStore:
     """
 
     def __init__(self, root: Path | str, study: str) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", study):
-            raise ConfigError(f"'{study}' cannot name a study: letters, digits, '.', '_' and '-', no folder")
+        if not re.fullmatch(r"[^./\\\s][^/\\\n]*", study):
+            raise ConfigError(f"'{study}' cannot name a study: it must be the name of one folder")
         self.root, self.study = Path(root), study
         self.folder = self.root / study
 

@@ -184,7 +184,10 @@ def _run_locked(cell: Cell, store: ResultStore, where: Surroundings, progress: P
     result.config |= _named(cell) | {"family": cell.spec.family}
     result.provenance.model_digest = cell.revisions["model"]
     result.provenance.seeds = {"run": config.seed}
-    store.write(result)
+    earlier = store.read(cell.run_id)
+    kept = earlier is not None and earlier.status == "done"
+    if not kept:
+        store.write(result)
     began = time.monotonic()
     try:
         if reason := cell.skip_reason():
@@ -198,14 +201,16 @@ def _run_locked(cell: Cell, store: ResultStore, where: Surroundings, progress: P
         result.status, result.reason = "diverged", str(error)
     except KeyboardInterrupt:
         result.status, result.reason = "interrupted", "stopped by the user"
-        store.write(result)
+        if not kept:
+            store.write(result)
         raise
     except Exception as error:
         result.status = "interrupted" if _is_of_the_machine(error) else "failed"
         result.reason = str(error) if isinstance(error, BenchError) else f"{type(error).__name__}: {error}"
         result.traceback = traceback.format_exc()
     result.provenance.seconds = round(time.monotonic() - began, 3)
-    store.write(result)
+    if not (kept and result.status == "interrupted"):
+        store.write(result)
     return result
 
 
@@ -236,12 +241,14 @@ def _execute(cell: Cell, store: ResultStore, where: Surroundings, progress: Prog
     result.provenance.device = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     result.provenance.threads = torch.get_num_threads()
     data = load_task(cell.task, where.data_root, config.train_examples)
+    available = {"train_available": data.train_available, "dev_available": len(data.dev)}
     data = dataclasses.replace(data, dev=sample(data.dev, config.dev_examples))
     result.provenance.data_digest = data.digest
     tokenizer = load_tokenizer(config.backbone)
     if "@hub:" in cell.revisions["model"]:
         result.provenance.model_digest = f"{cell.revisions['model']}, commit {fetch(config.backbone).name}"
     splits = {"train": data.train, "selection": data.selection, "dev": data.dev}
+    result.examples = {name: len(examples) for name, examples in splits.items()} | available
     ctx = RunContext(
         config=config,
         task=cell.task,

@@ -22,8 +22,8 @@ class TaskOutput:
         Classification (batch, classes); regression (batch, 1); span QA (batch, n, 2), start and end; text-to-text
         QA (batch, target length, vocabulary).
     encoder_hidden
-        Output of every encoder layer, bottom first, each (batch, n, d); the last is the encoder's output after any
-        final norm. Empty unless asked for.
+        Output of every encoder layer as the next one reads it, bottom first, each (batch, n, d): for T5 behind the
+        next layer's norm, the last behind the final norm. Empty unless asked for.
     decoder_hidden
         Last decoder hidden state, (batch, target length, d); ``None`` for an encoder or unless asked for.
     """
@@ -127,7 +127,10 @@ class TextToTextModel(TaskModel):
                 logits = (logits.softmax(-1) * self.label_values).sum(-1, keepdim=True)
         if not hidden:
             return TaskOutput(logits)
-        encoder = (*out.encoder_hidden_states[1:-1], out.encoder_last_hidden_state)
+        # the raw stream of a pre-norm model is ruled by a few huge entries that its norms take back
+        norms = [block.layer[0].layer_norm for block in self.model.encoder.block[1:]]
+        inner = zip(norms, out.encoder_hidden_states[1:-1], strict=True)
+        encoder = (*(norm(h) for norm, h in inner), out.encoder_last_hidden_state)
         return TaskOutput(logits, encoder, out.decoder_hidden_states[-1])
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 32) -> Tensor:

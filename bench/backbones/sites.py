@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.backbones.spec import BackboneSpec
 from bench.errors import BackboneError
 
 
@@ -115,6 +116,12 @@ class EncoderView:
     def sites(self) -> list[FFNSite]:
         """Return the FFN of every encoder layer, bottom first."""
         return [self._site(layer) for layer in self.layers]
+
+    @property
+    def spec(self) -> BackboneSpec:
+        """Shape of the backbone."""
+        config: Any = self.masked.config
+        return BackboneSpec.from_config(str(config.name_or_path), config.to_dict())
 
     @property
     def d_model(self) -> int:

@@ -110,7 +110,7 @@ def read_sweep(path: Path, overrides: Mapping[str, str] | None = None, data_root
     if not isinstance(parameters, dict) or not parameters:
         raise ConfigError(f"{path}: `parameters` must map keys to {{value: ...}} or {{values: [...]}}")
     grid = {str(key): _values(path, str(key), entry) for key, entry in parameters.items()}
-    grid |= {key: parse_list(text) for key, text in (overrides or {}).items()}
+    grid |= {key: parse_list(key, text) for key, text in (overrides or {}).items()}
     try:
         return Sweep(name, expand(grid, data_root))
     except ConfigError as error:
@@ -140,9 +140,9 @@ def _shown(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
-def parse_list(text: str) -> list[Any]:
+def parse_list(key: str, text: str) -> list[Any]:
     """Read ``2,4,8``; a loss mix such as ``all_hidden=1,logits=1`` is one value."""
-    return [text] if "=" in text else [part.strip() for part in text.split(",")]
+    return [text] if key.endswith("losses") else [part.strip() for part in text.split(",")]
 
 
 def expand(grid: Mapping[str, Collection[Any]], data_root: Path | None = None) -> tuple[RunConfig, ...]:

@@ -73,8 +73,6 @@ class Method(ABC):
     uses
         Which of the run's budget fields (``ratio``, ``steps``, ``batch_size``) the method reads; the others take
         no part in a run's identity.
-    input_dependent
-        Whether the cost depends on the input's content, and not on its shape alone.
     """
 
     name: ClassVar[str]
@@ -84,7 +82,6 @@ class Method(ABC):
     trains: ClassVar[str]
     saves: ClassVar[str]
     uses: ClassVar[frozenset[str]] = frozenset({"ratio", "steps", "batch_size"})
-    input_dependent: ClassVar[bool] = False
 
     def skip(self, backbone: BackboneSpec, task: TaskSpec, ratio: float | None) -> str | None:
         """Return the reason why this cell cannot be run, or ``None``."""

@@ -232,7 +232,7 @@ class Variator(Method):
             int(ctx.config.ratio or 0),
             bottleneck=self.bottleneck,
             mask_padding=self.mask_padding,
-            backbone=ctx.config.backbone,
+            backbone=ctx.spec.name,
         ).to(ctx.device)
         if self.init == "fit":
             needed = max(1, round(FIT_TOKENS / (batches.mean_length * batches.batch_size)))

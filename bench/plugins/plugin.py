@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -30,6 +29,8 @@ class PluginConfig(BaseModel):
         How many neighbouring hidden vectors are merged into one.
     family, d_model, n_layers
         Family, width and encoder depth of the backbone.
+    d_ff, activation, vocab_size
+        Width and activation of the backbone's FFN, and size of its vocabulary, which tell backbones of one size apart.
     bottleneck
         Width of the decompression adapter.
     mask_padding
@@ -46,6 +47,9 @@ class PluginConfig(BaseModel):
     family: str
     d_model: int = Field(ge=1)
     n_layers: int = Field(ge=1)
+    d_ff: int | None = None
+    activation: str | None = None
+    vocab_size: int | None = None
     bottleneck: int = Field(default=64, ge=1)
     mask_padding: bool = True
     backbone: str = ""
@@ -87,6 +91,9 @@ class Plugin(nn.Module):
                 family=view.family,
                 d_model=view.d_model,
                 n_layers=len(view.layers),
+                d_ff=view.spec.d_ff,
+                activation=view.spec.activation,
+                vocab_size=view.spec.vocab_size,
                 bottleneck=bottleneck,
                 mask_padding=mask_padding,
                 backbone=backbone,
@@ -94,13 +101,27 @@ class Plugin(nn.Module):
         )
 
     def check_fits(self, view: EncoderView) -> None:
-        """Raise ``PluginError`` unless the plugin was made for an encoder of this family, width and depth."""
-        has = (view.family, view.d_model, len(view.layers))
-        wants = (self.config.family, self.config.d_model, self.config.n_layers)
-        if has != wants:
+        """Raise ``PluginError`` unless the plugin was made for a backbone of this shape, and can run where it is."""
+        spec, config = view.spec, self.config
+        pairs = {
+            "family": (config.family, view.family),
+            "width": (config.d_model, view.d_model),
+            "encoder layers": (config.n_layers, len(view.layers)),
+            "FFN width": (config.d_ff, spec.d_ff),
+            "activation": (config.activation, spec.activation),
+            "vocabulary": (config.vocab_size, spec.vocab_size),
+        }
+        wrong = [f"{name} {made} and not {has}" for name, (made, has) in pairs.items() if made not in (None, has)]
+        if wrong:
             raise PluginError(
-                f"the plugin was made for {self.config.backbone or 'a backbone'} (family {wants[0]}, width {wants[1]}, "
-                f"{wants[2]} encoder layers); the model has family {has[0]}, width {has[1]}, {has[2]} encoder layers"
+                f"the plugin does not fit this model: it was made for {config.backbone or 'a backbone'} with "
+                f"{', '.join(wrong)}"
+            )
+        own, theirs = next(self.parameters()), next(p for p in view.masked.parameters() if p.is_floating_point())
+        if (own.dtype, own.device.type) != (theirs.dtype, theirs.device.type):
+            raise PluginError(
+                f"the plugin is {own.dtype} on {own.device.type}, the model {theirs.dtype} on {theirs.device.type}; "
+                f"bring it there: plugin.to({theirs.dtype}).to('{theirs.device.type}')"
             )
 
     @contextmanager
@@ -154,8 +175,3 @@ class Plugin(nn.Module):
     def num_parameters(self) -> int:
         """Return the number of parameters of the plugin."""
         return sum(p.numel() for p in self.parameters())
-
-    @torch.no_grad()
-    def copy_from(self, other: Plugin) -> None:
-        """Take the weights of a plugin of the same shape."""
-        self.load_state_dict(other.state_dict())

@@ -55,6 +55,8 @@ class TaskData:
         The task.
     train
         What is trained on, in an order that depends on the texts alone.
+    train_available
+        Size of train before any was left out.
     selection
         Carved from train by hash; decides on checkpoints and thresholds. Disjoint from ``train`` in its texts.
     dev
@@ -65,6 +67,7 @@ class TaskData:
 
     spec: TaskSpec
     train: list[Example]
+    train_available: int
     selection: list[Example]
     dev: list[Example]
     digest: str
@@ -97,7 +100,7 @@ def load_task(spec: TaskSpec, data_root: Path | None = None, train_examples: int
         rows = {split: read_file(path, _columns(spec), _optional(spec)) for split, path in location.files.items()}
     train, dev = (_examples(spec, rows[split], split) for split in ("train", "dev"))
     fit, selection = split_train(train, rows["train"].name)
-    return TaskData(spec, fit[:train_examples], selection, dev, _digest(train, dev))
+    return TaskData(spec, fit[:train_examples], len(fit), selection, dev, _digest(train, dev))
 
 
 def selection_share(n_train: int) -> float:

@@ -85,10 +85,13 @@ class Checkpoint:
 
     def save(self, state: dict[str, Any]) -> None:
         """Write ``state`` so that a kill leaves the old file or the new one."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        temporary.replace(self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, temporary)
+            temporary.replace(self.path)
+        except (OSError, RuntimeError):  # a full disk must not end a training that it only makes safer
+            temporary.unlink(missing_ok=True)
 
 
 def train(
@@ -145,7 +148,7 @@ def train(
             parameter.data.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-        if device.type == "cuda":
+        if device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"], device)
     saved_at = time.monotonic()
     sums: dict[str, float] = {}

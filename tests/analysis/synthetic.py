@@ -79,6 +79,7 @@ def make_run(
     metric = METRIC.get(task, "accuracy")
     result.task = {"name": task, "metrics": [metric], "caveat": "A balanced sub-sample." if task == "rte" else ""}
     n = len(predictions)
+    result.examples = {"train": core["train_examples"] or 9000, "train_available": 9000, "dev": n, "dev_available": n}
     result.evaluations = [
         Evaluation(split="selection", n_examples=200, metrics={metric: _interval(accuracy, 200)}),
         Evaluation(split="dev", n_examples=n, metrics={metric: _interval(score_of(metric, predictions), n)}),

@@ -167,7 +167,7 @@ def test_caveats_are_read_off_the_runs(tmp_path):
     study = read_study(folder)
     text = "\n".join(caveats(study, cells(study, Predictions(folder))))
     for part in (
-        "Trained on a sub-sample of the examples, not on all: rte (5,000).",
+        "Trained on a sub-sample of the examples, not on all: rte (5,000 of 9,000).",
         "Dev examples evaluated: rte 277, sst2 872.",
         "Seeds in each cell: 1 to 2.",
         "Another CPU (cpu, 2 threads); Example CPU (cpu, 2 threads)",
