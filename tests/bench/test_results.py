@@ -200,8 +200,8 @@ def test_a_full_disk_is_said_and_the_old_result_stays(tmp_path: Path) -> None:
     store.write(whole(reason="old"))
     assert finish(start(on_a_full_disk, tmp_path / "results", whole(reason="new"), tmp_path / "said")) == [0]
     write, artifact = json.loads((tmp_path / "said").read_text())
-    assert write.startswith(f"BenchError: cannot write {store.path('r1')}: ") and "Free space" in write
-    assert artifact.startswith("BenchError: cannot write the artifact cache")
+    assert write.startswith(f"MachineError: cannot write {store.path('r1')}: ") and "Free space" in write
+    assert artifact.startswith("MachineError: cannot write the artifact cache")
     stored = store.read("r1")
     assert stored is not None and stored.reason == "old"
     assert [path.name for path in store.path("r1").parent.iterdir()] == ["r1.json"]

@@ -351,7 +351,7 @@ def test_no_gpu_is_said_and_not_worked_around(world: World) -> None:
     result = run(
         world.config(method="dense", seed=8), world.store, Surroundings(cache_dir=world.folder / "cache", device="cuda")
     )
-    assert result.status == "failed" and result.reason is not None and "torch sees no GPU" in result.reason
+    assert result.status == "interrupted" and result.reason is not None and "torch sees no GPU" in result.reason
 
 
 def test_progress_is_told_every_step(world: World) -> None:

@@ -96,9 +96,12 @@ def test_overrides_replace_the_files_values(tmp_path: Path) -> None:
     assert read_sweep(path).configs[0].options["losses"] != "all_hidden=1,logits=2"
 
 
-@pytest.mark.parametrize(("text", "values"), [("2,4, 8", ["2", "4", "8"]), ("x", ["x"]), ("a=1,b=2", ["a=1,b=2"])])
-def test_a_list_on_the_command_line(text: str, values: list[str]) -> None:
-    assert parse_list(text) == values
+@pytest.mark.parametrize(
+    ("key", "text", "values"),
+    [("ratio", "2,4, 8", ["2", "4", "8"]), ("task", "x", ["x"]), ("losses", "a=1,b", ["a=1,b"])],
+)
+def test_a_list_on_the_command_line(key: str, text: str, values: list[str]) -> None:
+    assert parse_list(key, text) == values
 
 
 def test_numbers_may_be_written_as_people_write_them(tmp_path: Path) -> None:
