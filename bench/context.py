@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from bench.backbones.load import load_task_model
 from bench.backbones.model import TaskModel
 from bench.backbones.spec import BackboneSpec
 from bench.config import RunConfig
+from bench.measure.closed_form import remaining
+from bench.methods.base import Setting
 from bench.progress import Progress
 from bench.results import TrainingStage
 from bench.tasks.features import Feature
@@ -52,8 +55,8 @@ class RunContext:
         ``data`` and ``model`` -> what identifies them.
     cache, progress
         Shared artifacts, and whoever watches.
-    stages, notes, knob
-        What the method leaves for the result: its trainings, remarks, native setting.
+    stages, notes, setting
+        What the method leaves for the result: its trainings, remarks, native setting (which it may make exact).
     bytes_added
         Bytes on disk that the method must store beyond the teacher.
     trained_parameters
@@ -73,9 +76,18 @@ class RunContext:
     progress: Progress
     stages: list[TrainingStage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    knob: dict[str, Any] = field(default_factory=dict)
+    setting: Setting = field(default_factory=lambda: Setting({}))
     bytes_added: int = 0
     trained_parameters: int = 0
+
+    def lengths(self, split: str) -> Counter[int]:
+        """Return number of tokens -> number of examples of a split."""
+        return Counter(len(feature["input_ids"]) for feature in self.features[split])
+
+    @property
+    def budget(self) -> float:
+        """Remaining encoder FLOPs that the ratio asks for, on the selection split."""
+        return remaining(self.spec, int(self.config.ratio or 1), self.lengths("selection"))
 
     def pretrained(self) -> TaskModel:
         """Load the backbone as it was published, frozen, in evaluation mode."""

@@ -8,15 +8,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bench.backbones.encoder import Overhead
 from bench.backbones.model import TaskModel
 from bench.backbones.sites import EncoderView
 from bench.context import RunContext, Teacher
+from bench.errors import BenchError
 from bench.measure.closed_form import accumulate, remaining
 from bench.measure.flops import Parts, count_dispatched, count_lengths
 from bench.measure.latency import interleaved
 from bench.measure.memory import peak_bytes
 from bench.measure.size import bytes_on_disk, count_parameters
-from bench.plugins.bank import CompressedFFN
 from bench.results import Cost, CostPair, Flops, Latency, Memory
 from bench.tasks.evaluation import batches
 from bench.tasks.features import Feature, collate
@@ -26,13 +27,15 @@ from bench.training.teacher import WEIGHTS_FILE
 TIMED_BATCH_SIZES = (1, 32)
 TIMED_LENGTH = 128
 EVALUATION_BATCH_SIZE = 32
+TOLERANCE = 0.02
+"""Largest relative distance of achieved from requested remaining FLOPs for which no reason is needed."""
 
 
 def parts_of(model: TaskModel) -> Parts:
-    """Say which submodules are encoder, decoder and a plugin's overhead."""
+    """Say which submodules are encoder, decoder and a method's overhead."""
     view = EncoderView(model)
     decoder = (model.model.decoder,) if view.family == "t5" else ()
-    overhead = tuple((m, (m.inner,)) for m in model.modules() if isinstance(m, CompressedFFN))
+    overhead = tuple((m, m.backbone_modules()) for m in model.modules() if isinstance(m, Overhead))
     return Parts(encoder=tuple(view.modules), decoder=decoder, overhead=overhead)
 
 
@@ -66,21 +69,51 @@ def measure_cost(model: TaskModel, teacher: Teacher, ctx: RunContext) -> Cost:
     )
 
 
+def depends_on_input(model: TaskModel) -> bool:
+    """Whether two inputs of one length may cost differently."""
+    return any(getattr(module, "input_dependent", False) for module in model.modules())
+
+
+def check_budget(cost: Cost, ctx: RunContext) -> None:
+    """Note in the result why a model does not cost what its ratio asks for.
+
+    Raises
+    ------
+    BenchError
+        If it is more than `TOLERANCE` away (relative) and the method gave no reason.
+    """
+    if cost.requested_remaining is None:
+        return
+    gap = cost.achieved_remaining / cost.requested_remaining - 1
+    if ctx.setting.note:
+        ctx.notes.append(ctx.setting.note)
+    elif abs(gap) > TOLERANCE:
+        raise BenchError(
+            f"{cost.achieved_remaining:.2%} of the encoder's FLOPs remain where the ratio asks for "
+            f"{cost.requested_remaining:.2%}: more than {TOLERANCE:.0%} away, and {ctx.config.method} gave no reason"
+        )
+
+
 def _real(model: TaskModel, features: Sequence[Feature], ctx: RunContext) -> Flops:
-    """Sum over examples, each alone and unpadded; examples of one length cost the same."""
+    """Sum over examples, each alone and unpadded; examples of one length cost the same unless the model says no."""
+    if depends_on_input(model):
+        return count_lengths(
+            model, parts_of(model), lambda i: _inputs([features[i]], ctx), dict.fromkeys(range(len(features)), 1)
+        )
     example = {_lengths(feature): feature for feature in features}
     counts = Counter(_lengths(feature) for feature in features)
     return count_lengths(model, parts_of(model), lambda lengths: _inputs([example[lengths]], ctx), counts)
 
 
 def _padded(model: TaskModel, features: Sequence[Feature], ctx: RunContext) -> Flops:
-    """Sum over the batches that were evaluated; batches of one shape cost the same."""
-    parts = parts_of(model)
+    """Sum over the batches that were evaluated; batches of one shape cost the same unless the model says no."""
+    parts, by_input = parts_of(model), depends_on_input(model)
     counted: dict[tuple[int, ...], Flops] = {}
-    shapes = []
+    shapes: list[tuple[int, ...]] = []
     for indices in batches(features, EVALUATION_BATCH_SIZE):
         inputs = _inputs([features[i] for i in indices], ctx)
         shape = tuple(size for tensor in inputs.values() for size in tensor.shape)
+        shape = (*shape, len(shapes)) if by_input else shape
         if shape not in counted:
             counted[shape] = count_dispatched(model, inputs, parts)
         shapes.append(shape)

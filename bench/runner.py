@@ -230,7 +230,7 @@ def _execute(cell: Cell, store: ResultStore, where: Surroundings, progress: Prog
 
     from bench.backbones.load import load_tokenizer
     from bench.context import RunContext
-    from bench.costing import EVALUATION_BATCH_SIZE, measure_cost, measure_speed
+    from bench.costing import EVALUATION_BATCH_SIZE, check_budget, measure_cost, measure_speed
     from bench.tasks.data import load_task, sample
     from bench.tasks.encoding import encode
     from bench.tasks.evaluation import evaluate
@@ -266,7 +266,7 @@ def _execute(cell: Cell, store: ResultStore, where: Surroundings, progress: Prog
     result.training, result.notes = ctx.stages, ctx.notes
     teacher = get_teacher(ctx)
     chosen = config.build_method()
-    ctx.knob = chosen.knob(cell.spec, config.ratio)
+    ctx.setting = chosen.setting(cell.spec, config.ratio, ctx.lengths("selection"))
     model = chosen.compress(teacher, data, ctx)
     model.eval()
     for split in ("selection", "dev"):
@@ -293,7 +293,8 @@ def _execute(cell: Cell, store: ResultStore, where: Surroundings, progress: Prog
     progress.stage("count FLOPs", 1)
     result.cost = measure_cost(model, teacher, ctx)
     result.latency, result.memory = measure_speed(model, teacher, ctx)
-    result.knob = ctx.knob
+    result.knob = ctx.setting.knob
+    check_budget(result.cost, ctx)
 
 
 def _device(wanted: str) -> str:

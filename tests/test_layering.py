@@ -34,7 +34,7 @@ ARROWS = {
     "backbones": "errors backbones.spec tasks tasks.spec",
     "measure": "errors results backbones.spec",
     "plugins": "version errors backbones backbones.spec",
-    "context": f"{_CONTRACTS} artifacts backbones tasks",
+    "context": f"{_CONTRACTS} {_PARTS} artifacts",
     "training": f"{_CONTRACTS} {_PARTS} plugins context",
     "costing": f"{_CONTRACTS} {_PARTS} plugins context training",
     "methods": f"{_CONTRACTS} {_PARTS} plugins context training",

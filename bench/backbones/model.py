@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from bench.backbones.encoder import Encoder
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -51,6 +55,12 @@ class TaskModel(nn.Module):
         """The transformers config of the backbone."""
         return self.model.config
 
+    @property
+    def written(self) -> Encoder | None:
+        """The encoder where it is written out (`bench.backbones.write_out`), else ``None``."""
+        found = getattr(getattr(self.model.base_model, "encoder", None), "written", None)
+        return found if isinstance(found, Encoder) else None
+
 
 class EncoderTaskModel(TaskModel):
     """BERT with a classification, regression or span head."""
@@ -63,14 +73,18 @@ class EncoderTaskModel(TaskModel):
         hidden: bool = False,
     ) -> TaskOutput:
         """Run the model; ``hidden`` also returns the hidden states."""
-        out = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            output_hidden_states=hidden,
-        )
+        written = self.written
+        with recording(written, hidden):
+            out = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                token_type_ids=token_type_ids,
+                output_hidden_states=hidden and written is None,
+            )
         logits = out.logits if "logits" in out else torch.stack((out.start_logits, out.end_logits), dim=-1)
-        return TaskOutput(logits, tuple(out.hidden_states[1:]) if hidden else ())
+        if not hidden:
+            return TaskOutput(logits)
+        return TaskOutput(logits, tuple(out.hidden_states[1:]) if written is None else written.take_hidden())
 
 
 class TextToTextModel(TaskModel):
@@ -113,13 +127,15 @@ class TextToTextModel(TaskModel):
         if decoder_input_ids is None:
             start = torch.tensor([[self.config.decoder_start_token_id, self.sentinel]], device=input_ids.device)
             decoder_input_ids = start.expand(input_ids.shape[0], 2)
-        out = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            decoder_input_ids=decoder_input_ids,
-            output_hidden_states=hidden,
-            use_cache=False,
-        )
+        written = self.written
+        with recording(written, hidden):
+            out = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                decoder_input_ids=decoder_input_ids,
+                output_hidden_states=hidden,
+                use_cache=False,
+            )
         logits = out.logits
         if cloze:
             logits = logits[:, 1].index_select(-1, self.label_ids)
@@ -127,6 +143,8 @@ class TextToTextModel(TaskModel):
                 logits = (logits.softmax(-1) * self.label_values).sum(-1, keepdim=True)
         if not hidden:
             return TaskOutput(logits)
+        if written is not None:
+            return TaskOutput(logits, written.take_hidden(), out.decoder_hidden_states[-1])
         # the raw stream of a pre-norm model is ruled by a few huge entries that its norms take back
         norms = [block.layer[0].layer_norm for block in self.model.encoder.block[1:]]
         inner = zip(norms, out.encoder_hidden_states[1:-1], strict=True)
@@ -143,6 +161,18 @@ class TextToTextModel(TaskModel):
             num_beams=1,
         )
         return tokens
+
+
+@contextmanager
+def recording(written: Encoder | None, wanted: bool) -> Iterator[None]:
+    """Let a written-out encoder keep its hidden states for the length of a ``with`` block, if they are wanted."""
+    if written is not None:
+        written.record = wanted
+    try:
+        yield
+    finally:
+        if written is not None:
+            written.record = False
 
 
 def share_weights(model: Module) -> Module:

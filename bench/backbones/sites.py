@@ -82,6 +82,17 @@ class _BertSite(FFNSite):
         self.layer.intermediate, self.layer.output = self.intermediate, self.output
 
 
+class _WrittenSite(FFNSite):
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.inner = layer, layer.ffn
+
+    def install(self, module: nn.Module) -> None:
+        self.layer.ffn = module
+
+    def restore(self) -> None:
+        self.layer.ffn = self.inner
+
+
 class EncoderView:
     """The encoder inside a model of a supported family.
 
@@ -137,7 +148,12 @@ def _view(module: Any) -> _View | None:
     # transformers is imported by whoever built the model, so class names are enough here
     kind = type(module).__name__
     if kind == "BertModel":
-        return "bert", module, [module.embeddings, module.encoder], list(module.encoder.layer), _BertSite
+        parts, written = [module.embeddings, module.encoder], getattr(module.encoder, "written", None)
+        if written is not None:
+            return "bert", module, parts, list(written.layers), _WrittenSite
+        return "bert", module, parts, list(module.encoder.layer), _BertSite
+    if kind == "T5EncoderStack":
+        return "t5", module, [module], list(module.written.layers), _WrittenSite
     if kind == "T5Stack" and not module.is_decoder:
         return "t5", module, [module], list(module.block), _T5Site
     return None

@@ -13,9 +13,9 @@ from typing import Any
 from bench.artifacts import ArtifactCache
 from bench.backbones.spec import BackboneSpec
 from bench.config import RunConfig
-from bench.errors import BenchError
+from bench.errors import BenchError, Unreachable
 from bench.locks import is_held
-from bench.measure.closed_form import backbone_parameters, encoder, plugin_parameters, remaining, weight_bytes
+from bench.measure.closed_form import backbone_parameters, encoder, weight_bytes
 from bench.results import ResultStore
 from bench.runner import Cell, Mode, Surroundings, is_settled
 from bench.tasks.sources import locate
@@ -117,7 +117,10 @@ def _plan_cell(
         state = "running" if is_held(store.lock_path(cell.run_id)) else "interrupted"
     planned = PlannedCell(config, cell.run_id, state, reason, **_backbone_costs(cell))
     if state != "skipped":
-        planned = dataclasses.replace(planned, **_method_costs(cell))
+        try:
+            planned = dataclasses.replace(planned, **_method_costs(cell))
+        except Unreachable as error:
+            planned = dataclasses.replace(planned, state="skipped", reason=str(error))
     if planned.pending:
         cached, flops = _work(cell, cache, where, shared)
         planned = dataclasses.replace(planned, cached=cached, flops=flops)
@@ -134,14 +137,12 @@ def _backbone_costs(cell: Cell) -> dict[str, Any]:
 
 
 def _method_costs(cell: Cell) -> dict[str, Any]:
-    spec, config = cell.spec, cell.config
-    method = config.build_method()
-    k = int(config.ratio) if "ratio" in method.uses and config.ratio else 1
-    bottleneck = int(config.options.get("bottleneck", 64))
+    config = cell.config
+    setting = config.build_method().setting(cell.spec, config.ratio, {PLANNED_LENGTH: 1})
     return {
-        "knob": ", ".join(f"{name}={value}" for name, value in method.knob(spec, config.ratio).items()),
-        "remaining": remaining(spec, k, {PLANNED_LENGTH: 1}, bottleneck) if k > 1 else 1.0,
-        "added": plugin_parameters(spec.d_model, spec.encoder_layers, k, bottleneck) if k > 1 else 0,
+        "knob": ", ".join(f"{name}={value}" for name, value in setting.knob.items()),
+        "remaining": setting.remaining,
+        "added": setting.added,
     }
 
 

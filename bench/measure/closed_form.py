@@ -6,6 +6,7 @@ as 0, here and in ``bench.measure.flops``; the two agree to the last FLOP.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -110,6 +111,28 @@ def remaining(
     compressed = accumulate((encoder(spec, n, plugin=plugin), times) for n, times in lengths.items())
     dense = accumulate((encoder(spec, n), times) for n, times in lengths.items())
     return compressed.encoder / dense.encoder
+
+
+def layer_macs(
+    spec: BackboneSpec, queries: int, keys: int, rows: int, heads: int | None = None, neurons: int | None = None
+) -> int:
+    """MACs of one encoder layer whose sequence or width differs from the backbone's.
+
+    Parameters
+    ----------
+    spec
+        The backbone.
+    queries, keys, rows
+        Vectors that the attention queries with, that it attends to, and that the FFN runs on.
+    heads, neurons
+        Attention heads and width of the FFN's inner layer; the backbone's own by default.
+    """
+    narrow = dataclasses.replace(
+        spec,
+        n_heads=spec.n_heads if heads is None else heads,
+        d_ff=spec.d_ff if neurons is None else neurons,
+    )
+    return _attention(narrow, queries, keys) + rows * _ffn_weights(narrow)
 
 
 def backbone_parameters(spec: BackboneSpec, labels: int | None = None) -> int:

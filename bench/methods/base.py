@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -61,6 +62,28 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What a ratio means for one method on one backbone.
+
+    Attributes
+    ----------
+    knob
+        The method's native setting, for plans and results.
+    remaining
+        Encoder FLOPs that will remain, by arithmetic.
+    added
+        Parameters that the method adds, where arithmetic tells.
+    note
+        Why ``remaining`` is not what the ratio asks for; empty where it is.
+    """
+
+    knob: dict[str, Any]
+    remaining: float = 1.0
+    added: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Method(ABC):
     """A way to make a model cheaper. The fields of the subclass are its hyper-parameters.
 
@@ -87,9 +110,24 @@ class Method(ABC):
         """Return the reason why this cell cannot be run, or ``None``."""
         return None
 
-    def knob(self, backbone: BackboneSpec, ratio: float | None) -> dict[str, Any]:
-        """Return the native setting that ``ratio`` stands for, for plans and results."""
-        return {}
+    def setting(self, backbone: BackboneSpec, ratio: float | None, lengths: Mapping[int, int]) -> Setting:
+        """Return the native setting that ``ratio`` stands for.
+
+        Parameters
+        ----------
+        backbone
+            Shape of the backbone.
+        ratio
+            As in a `RunConfig`; ``bench.measure.closed_form.remaining`` turns it into a budget.
+        lengths
+            Number of tokens -> number of examples, of the selection split; a plan has one length.
+
+        Raises
+        ------
+        Unreachable
+            If the budget lies below what the method can reach.
+        """
+        return Setting({}, added=0)
 
     def work(self, steps: int, batch_size: int) -> list[Work]:
         """Return the trainings that ``compress`` will do."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from bench.backbones.spec import BackboneSpec
-from bench.methods.base import Count, Method, NonNegative, Positive, PositiveCount, Share, Work
+from bench.measure.closed_form import PluginShape, plugin_parameters, remaining
+from bench.methods.base import Count, Method, NonNegative, Positive, PositiveCount, Setting, Share, Work
 from bench.tasks.spec import TaskSpec
 from bench.training.mix import HIDDEN_PARTS, parse_mix
 
@@ -102,9 +104,17 @@ class Variator(Method):
             return f"the ratio of variator is k, a whole number of at least 2; got {ratio}"
         return None
 
-    def knob(self, backbone: BackboneSpec, ratio: float | None) -> dict[str, Any]:
-        """Return k."""
-        return {"k": int(ratio or 0)}
+    def setting(self, backbone: BackboneSpec, ratio: float | None, lengths: Mapping[int, int]) -> Setting:
+        """Return k and what it costs."""
+        k = int(ratio or 0)
+        standard = PluginShape(k).bottleneck
+        other = f"the ratio's budget is that of a bottleneck of {standard}; this one has {self.bottleneck}"
+        return Setting(
+            {"k": k},
+            remaining(backbone, k, lengths, self.bottleneck),
+            plugin_parameters(backbone.d_model, backbone.encoder_layers, k, self.bottleneck),
+            note="" if self.bottleneck == standard else other,
+        )
 
     def work(self, steps: int, batch_size: int) -> list[Work]:
         """Return pre-training and adaptation."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.backbones.encoder import Overhead
 from bench.backbones.sites import EncoderView, FFNSite
 from bench.errors import PluginError
 from bench.plugins.layers import CompressionPair
@@ -33,7 +34,7 @@ class Selection:
         self.mask = None
 
 
-class CompressedFFN(nn.Module):
+class CompressedFFN(Overhead):
     """Stands in for one encoder FFN: the frozen FFN between the compression pair that is selected.
 
     Parameters
@@ -49,6 +50,10 @@ class CompressedFFN(nn.Module):
     def __init__(self, inner: nn.Module, pairs: nn.ModuleDict, selection: Selection) -> None:
         super().__init__()
         self.inner, self.pairs, self.selection = inner, pairs, selection
+
+    def backbone_modules(self) -> tuple[nn.Module, ...]:
+        """Return the frozen FFN."""
+        return (self.inner,)
 
     def forward(self, u: Tensor) -> Tensor:
         """Map (batch, n, d) -> (batch, n, d), running the FFN on ceil(n/k) rows."""

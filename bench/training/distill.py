@@ -1,7 +1,9 @@
-"""Train a plugin against the same frozen model without it."""
+"""Train a student, or a plugin in a frozen model, against the teacher."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from bench.context import RunContext
 from bench.plugins.bank import PluginBank
 from bench.plugins.plugin import Plugin
 from bench.tasks.spec import Kind
-from bench.training.loop import Schedule
+from bench.training.loop import Schedule, Trained
 from bench.training.losses import distillation_losses
 from bench.training.mix import HIDDEN_PARTS, PARTS, parse_mix
 from bench.training.stage import Batch, FeatureBatches, label_inputs, model_inputs, run_stage
@@ -26,6 +28,82 @@ def attach_for_good(model: TaskModel, plugin: Plugin) -> TaskModel:
     bank.attach(student)
     bank.select(plugin.config.k)
     return student
+
+
+def distill(
+    name: str,
+    student: TaskModel,
+    trained: Trained,
+    teacher: TaskModel,
+    batches: FeatureBatches,
+    *,
+    mix: str,
+    kind: Kind | None,
+    temperature: float,
+    schedule: Schedule,
+    ctx: RunContext,
+    checkpoint: Path,
+    layers: Sequence[int] | None = None,
+    penalty: Callable[[int, Batch], tuple[Tensor, dict[str, float]]] | None = None,
+) -> dict[str, Any]:
+    """Train ``trained`` so that ``student`` answers as ``teacher`` does.
+
+    Parameters
+    ----------
+    name
+        Name of the stage.
+    student, trained
+        The model, in the mode that it is to be trained in, and its parameters (or groups of them) that learn.
+    teacher
+        Frozen, in evaluation mode.
+    batches
+        Step -> batch.
+    mix, kind, temperature
+        As for ``distillation_losses``; ``kind`` is ``None`` in pre-training.
+    schedule, ctx, checkpoint
+        Optimisation, surroundings, where an unfinished training is kept.
+    layers
+        For each layer of the student, the layer of the teacher whose output it is to have; by default the same.
+    penalty
+        (Step, batch) -> what is added to the loss after the student's forward pass, and parts of it to show.
+
+    Returns
+    -------
+    dict
+        The fields of a ``TrainingStage``.
+    """
+    weights = parse_mix(mix, PARTS if kind else HIDDEN_PARTS)
+    hidden = any(part in HIDDEN_PARTS for part in weights)
+
+    def losses(step: int, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        inputs = model_inputs(batch)
+        with torch.no_grad():
+            target = teacher(**inputs, hidden=hidden)
+        if layers is not None and hidden:
+            target = dataclasses.replace(target, encoder_hidden=tuple(target.encoder_hidden[i] for i in layers))
+        output = student(**inputs, hidden=hidden)
+        parts = distillation_losses(
+            weights, kind, output, target, batch["attention_mask"].bool(), label_inputs(batch), temperature
+        )
+        total = torch.stack([weights[part] * loss for part, loss in parts.items()]).sum()
+        shown = {part: loss.item() for part, loss in parts.items()}
+        if penalty is not None:
+            more, of_it = penalty(step, batch)
+            total, shown = total + more, shown | of_it
+        return total, shown
+
+    return run_stage(
+        name,
+        losses,
+        trained,
+        batches,
+        schedule,
+        spec=ctx.spec,
+        passes=4,
+        seed=ctx.config.seed,
+        progress=ctx.progress,
+        checkpoint=checkpoint,
+    )
 
 
 def distill_plugin(
@@ -41,51 +119,20 @@ def distill_plugin(
     ctx: RunContext,
     checkpoint: Path,
 ) -> dict[str, Any]:
-    """Train ``plugin`` in place so that ``model`` with it equals ``model`` without it.
-
-    Parameters
-    ----------
-    name
-        Name of the stage.
-    plugin, model
-        The plugin, and the frozen model in evaluation mode.
-    batches
-        Step -> batch.
-    mix, kind, temperature
-        As for ``distillation_losses``; ``kind`` is ``None`` in pre-training.
-    schedule, ctx, checkpoint
-        Optimisation, surroundings, where an unfinished training is kept.
-
-    Returns
-    -------
-    dict
-        The fields of a ``TrainingStage``.
-    """
-    weights = parse_mix(mix, PARTS if kind else HIDDEN_PARTS)
+    """Train ``plugin`` in place so that ``model`` with it equals ``model`` without it; see `distill`."""
     student = attach_for_good(model, plugin)
     plugin.requires_grad_(True)
-
-    def losses(batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        inputs = model_inputs(batch)
-        with torch.no_grad():
-            target = model(**inputs, hidden=True)
-        output = student(**inputs, hidden=True)
-        parts = distillation_losses(
-            weights, kind, output, target, batch["attention_mask"].bool(), label_inputs(batch), temperature
-        )
-        total = torch.stack([weights[part] * loss for part, loss in parts.items()]).sum()
-        return total, {part: loss.item() for part, loss in parts.items()}
-
-    stage = run_stage(
+    stage = distill(
         name,
-        losses,
+        student,
         plugin.parameters(),
+        model,
         batches,
-        schedule,
-        spec=ctx.spec,
-        passes=4,
-        seed=ctx.config.seed,
-        progress=ctx.progress,
+        mix=mix,
+        kind=kind,
+        temperature=temperature,
+        schedule=schedule,
+        ctx=ctx,
         checkpoint=checkpoint,
     )
     plugin.requires_grad_(False)

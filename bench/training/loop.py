@@ -16,6 +16,28 @@ from bench.errors import Diverged
 
 Precision = Literal["fp32", "bf16"]
 
+Trained = Iterable[nn.Parameter] | Sequence["Group"]
+"""What is trained: parameters, or groups of them that differ in their rates."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters with a rate of their own.
+
+    Attributes
+    ----------
+    parameters
+        What is trained.
+    lr_scale
+        Factor of the schedule's learning rate.
+    weight_decay
+        AdamW's weight decay; the schedule's by default.
+    """
+
+    parameters: Sequence[nn.Parameter]
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -96,7 +118,7 @@ class Checkpoint:
 
 def train(
     losses: Callable[[int], tuple[Tensor, dict[str, float]]],
-    parameters: Iterable[nn.Parameter],
+    parameters: Trained,
     schedule: Schedule,
     *,
     seed: int,
@@ -137,8 +159,14 @@ def train(
     Diverged
         If the loss becomes NaN or infinite.
     """
-    trained = list(parameters)
-    optimizer = torch.optim.AdamW(trained, lr=schedule.lr, weight_decay=schedule.weight_decay)
+    groups = _groups(parameters)
+    trained = [parameter for group in groups for parameter in group.parameters]
+    decays = [schedule.weight_decay if group.weight_decay is None else group.weight_decay for group in groups]
+    optimizer = torch.optim.AdamW(
+        [{"params": group.parameters, "weight_decay": decay} for group, decay in zip(groups, decays, strict=True)],
+        lr=schedule.lr,
+        fused=True,
+    )
     torch.manual_seed(seed)
     history: list[dict[str, float]] = []
     first = 0
@@ -153,8 +181,8 @@ def train(
     saved_at = time.monotonic()
     sums: dict[str, float] = {}
     for step in range(first, schedule.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.lr * schedule.factor(step)
+        for group, own in zip(optimizer.param_groups, groups, strict=True):
+            group["lr"] = schedule.lr * schedule.factor(step) * own.lr_scale
         with torch.autocast(device.type, torch.bfloat16, enabled=schedule.precision == "bf16"):
             loss, parts = losses(step)
         value = loss.item()
@@ -179,6 +207,12 @@ def train(
         if on_step:
             on_step(done, {"loss": value, **parts})
     return history
+
+
+def _groups(trained: Trained) -> list[Group]:
+    given = list(trained)
+    own = [item for item in given if isinstance(item, Group)]
+    return own or [Group([item for item in given if isinstance(item, nn.Parameter)])]
 
 
 def _state(

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.backbones.spec import BackboneSpec
 from bench.measure.closed_form import encoder
 from bench.progress import Progress
 from bench.tasks.batching import LengthBatches
 from bench.tasks.features import Feature, collate
-from bench.training.loop import Checkpoint, Schedule, train
+from bench.training.loop import Checkpoint, Schedule, Trained, train
 
 Batch = dict[str, Tensor]
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
@@ -54,8 +54,8 @@ def label_inputs(batch: Batch) -> Batch:
 
 def run_stage(
     name: str,
-    losses: Callable[[Batch], tuple[Tensor, dict[str, float]]],
-    parameters: Iterable[nn.Parameter],
+    losses: Callable[[int, Batch], tuple[Tensor, dict[str, float]]],
+    parameters: Trained,
     batches: FeatureBatches,
     schedule: Schedule,
     *,
@@ -72,7 +72,7 @@ def run_stage(
     name
         Name of the stage.
     losses
-        Batch -> (loss to minimise, its named parts).
+        (Step, batch) -> (loss to minimise, its named parts).
     parameters
         What is trained.
     batches, schedule, seed, checkpoint
@@ -93,7 +93,7 @@ def run_stage(
         started = True
 
     history = train(
-        lambda step: losses(batches(step)),
+        lambda step: losses(step, batches(step)),
         parameters,
         schedule,
         seed=seed,

@@ -102,7 +102,7 @@ def _fine_tune(model: TaskModel, ctx: RunContext, checkpoint: Path) -> dict[str,
     )
     model.train()
 
-    def losses(batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def losses(step: int, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         loss = task_loss(ctx.task.kind, model(**model_inputs(batch)).logits, label_inputs(batch))
         return loss, {}
 

@@ -57,7 +57,8 @@ def test_variator_refuses_a_ratio_that_is_no_number_of_vectors(ratio: float | No
 @pytest.mark.parametrize("ratio", [2, 2.0, 3, 8, 16])
 def test_variator_takes_any_whole_k(ratio: float) -> None:
     assert Variator().skip(spec_of("t5-base"), TASKS["squad"], ratio) is None
-    assert Variator().knob(spec_of("t5-base"), ratio) == {"k": int(ratio)}
+    setting = Variator().setting(spec_of("t5-base"), ratio, {128: 1})
+    assert setting.knob == {"k": int(ratio)} and setting.note == ""
 
 
 def test_work_is_what_will_be_trained() -> None:
