@@ -29,6 +29,8 @@ def latency_figure(rows: pd.DataFrame, backbone: str, styles: dict[str, Look]) -
     if not shapes:
         return None
     timed = rows[(rows["method"] != DENSE) & rows[list(shapes)].notna().any(axis=1)]
+    if timed.empty:
+        return None
     highs = timed[[f"{column}_high" for column in shapes]].max().max()
     lows = timed[[f"{column}_low" for column in shapes]].min().min()
     flops = [_flops(timed, column) for column in shapes]
