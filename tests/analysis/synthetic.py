@@ -87,7 +87,7 @@ def make_run(
     best = _interval(score_of(metric, teacher), n)
     result.teacher_evaluations = [Evaluation(split="dev", n_examples=n, metrics={metric: best})]
     result.cost = _cost(n, achieved, None if dense else target, plugged=method == "variator", dense=dense)
-    if latency and not dense:
+    if latency:
         _time(result, achieved)
     records = [{"step": float(i), "loss": 1 / (1 + i), "kl": 0.1, "lr": 1e-4} for i in range(history)]
     for name in ("teacher", "adapt")[: 1 if dense else 2]:

@@ -225,3 +225,10 @@ def test_a_label_moves_away_from_what_is_there_and_is_tied_to_its_point():
     box = crowded.get_window_extent(figure.canvas.get_renderer())
     assert not [c for c in axes.transData.transform(crowd) if box.contains(*c)]
     assert tie.arrow_patch is not None and (tie.xy == crowded.xy)
+
+
+def test_dense_alone_makes_a_report_without_a_latency_figure(tmp_path):
+    """As after a sweep whose other cells failed: the dense run is timed too, against itself."""
+    write_runs(tmp_path, [make_run(method="dense", ratio=None), make_run(status="failed", reason="off budget")])
+    made = regenerate(tmp_path, "glue", ["svg"])
+    assert made.paths and not any("latency" in path.name for path in made.paths)

@@ -46,7 +46,7 @@ def test_latency_is_the_median_of_the_paired_ratios(tmp_path):
 
 def test_dense_rows_and_runs_without_measurements_have_gaps_and_no_zeros(tmp_path):
     runs = [
-        make_run(method="dense", ratio=None),
+        make_run(method="dense", ratio=None, latency=False),
         make_run(status="failed", reason="boom"),
         make_run(seed=1, latency=False),
     ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import Diverged
-from bench.training.loop import Checkpoint, Schedule, train
+from bench.training.loop import Checkpoint, Group, Schedule, train
 from tests.workers import finish, start, train_in_process, train_tiny, wait_for
 
 CPU = torch.device("cpu")
@@ -182,3 +182,13 @@ def test_checkpoints_keep_their_distance(tmp_path: Path) -> None:
     train_tiny(Checkpoint(tmp_path / "x.pt", every_seconds=1000.0), steps=9)
     assert not (tmp_path / "x.pt").exists()
     assert Checkpoint(tmp_path / "x.pt").load([]) is None
+
+
+def test_a_group_has_its_own_rate_and_decay() -> None:
+    """AdamW's first step moves every entry by the learning rate, whatever the gradient; decay comes on top."""
+    one, ten, decayed = (nn.Parameter(torch.tensor([2.0])) for _ in range(3))
+    groups = [Group([one]), Group([ten], lr_scale=10.0), Group([decayed], weight_decay=0.5)]
+    schedule = Schedule(steps=1, lr=0.01, clip=1e9, precision="fp32")
+    train(lambda step: ((one + 3 * ten + decayed).sum(), {}), groups, schedule, seed=0, device=CPU)
+    moved = [2.0 - p.item() for p in (one, ten, decayed)]
+    assert moved == pytest.approx([0.01, 0.1, 0.01 + 0.01 * 0.5 * 2.0], rel=1e-4)
