@@ -46,7 +46,8 @@ def test_a_student_is_made_once_and_comes_back(family: Family, tmp_path: Path) -
         assert not student.training and not any(p.requires_grad for p in student.parameters())
         assert digest(teacher.model) == before and ctx.bytes_added > 0
         answers.append(student(**INPUTS).logits)
-    assert len(made) == 1 and all(torch.equal(answer, made[0]) for answer in answers)
+    assert len(made) == 1 and torch.equal(*answers)
+    torch.testing.assert_close(answers[0], made[0], rtol=1e-5, atol=1e-5)
     (weights,) = (tmp_path / "cache").glob(f"student-*/{WEIGHTS_FILE}")
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(BackboneError, match="Remove the folder, and the next run makes it again"):
