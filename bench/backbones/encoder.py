@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.errors import BackboneError
+
 
 class Overhead(nn.Module):
     """A module whose work is the method's own and not the backbone's; `bench.costing` puts its FLOPs down apart."""
@@ -34,6 +36,8 @@ class Tokens:
         Hidden vectors, (B, n, d).
     mask
         True at real vectors, (B, n).
+    special
+        True at special tokens, such as the one that the head reads, (B, n); ``None`` without `Encoder.protect`.
     positions
         Place in the input of each vector, (B, n); ``None`` while all N are there.
     index
@@ -51,6 +55,7 @@ class Tokens:
 
     x: Tensor
     mask: Tensor
+    special: Tensor | None = None
     positions: Tensor | None = None
     index: Tensor | None = None
     aside: Tensor | None = None
@@ -97,6 +102,7 @@ class Tokens:
         return self.replace(
             x=self.x.gather(1, order.unsqueeze(-1).expand(-1, -1, d)),
             mask=kept.gather(1, order),
+            special=None if self.special is None else self.special.gather(1, order),
             positions=where.gather(1, order),
             index=index,
             aside=aside,
@@ -316,7 +322,11 @@ class Encoder(nn.Module):
     ----------
     record
         Whether a forward pass leaves hidden states for `take_hidden`.
+    special_ids
+        Token ids that `protect` named, or ``None``.
     """
+
+    special_ids: Tensor | None
 
     def __init__(
         self,
@@ -330,10 +340,38 @@ class Encoder(nn.Module):
         self.position, self.final_norm, self.dropout = position, final_norm, nn.Dropout(dropout)
         self.record = False
         self._hidden: tuple[Tensor, ...] = ()
+        self.register_buffer("special_ids", None, persistent=False)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Map embeddings, (B, N, d), and the mask, (B, N) and True at real tokens, to final states, (B, N, d)."""
-        tokens = self.start(x, mask)
+    def protect(self, ids: Sequence[int]) -> None:
+        """Let `Tokens.special` be true wherever the input holds one of these token ids."""
+        like = next(self.parameters())
+        self.special_ids = torch.tensor(sorted(set(ids)), dtype=torch.long, device=like.device)
+
+    def special(self, ids: Tensor | None) -> Tensor | None:
+        """Return where ``ids``, (B, N), are protected; ``None`` unless `protect` was called.
+
+        Raises
+        ------
+        BackboneError
+            If ids are needed and the model was called with embeddings.
+        """
+        if self.special_ids is None:
+            return None
+        if ids is None:
+            raise BackboneError("this model protects special tokens, so that it must be called with input_ids")
+        return torch.isin(ids, self.special_ids)
+
+    def forward(self, x: Tensor, mask: Tensor, special: Tensor | None = None) -> Tensor:
+        """Return the final states, (B, N, d).
+
+        Parameters
+        ----------
+        x
+            Embeddings, (B, N, d).
+        mask, special
+            True at real and at special tokens, (B, N).
+        """
+        tokens = self.start(x, mask, special)
         hidden: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             tokens = self.run(layer, tokens)
@@ -354,9 +392,9 @@ class Encoder(nn.Module):
         hidden, self._hidden = self._hidden, ()
         return hidden
 
-    def start(self, x: Tensor, mask: Tensor) -> Tokens:
+    def start(self, x: Tensor, mask: Tensor, special: Tensor | None) -> Tokens:
         """Return what the first layer is given."""
-        return Tokens(x, mask)
+        return Tokens(x, mask, special)
 
     def run(self, layer: nn.Module, tokens: Tokens) -> Tokens:
         """Run one layer, with the attention's bias made anew where the sequence has changed."""

@@ -22,6 +22,11 @@ class BertEncoderStack(nn.Module):
     def __init__(self, written: Encoder) -> None:
         super().__init__()
         self.written = written
+        self._ids: Tensor | None = None
+
+    def see_ids(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the ids that are embedded (forward pre-hook of the embeddings): ``BertModel`` does not hand them on."""
+        self._ids = kwargs.get("input_ids", args[0] if args else None)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any
@@ -32,7 +37,9 @@ class BertEncoderStack(nn.Module):
         else:
             keys = attention_mask[:, 0, 0]
             mask = keys if keys.dtype == torch.bool else keys == 0
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.written(hidden_states, mask))
+        ids, self._ids = self._ids, None
+        states = self.written(hidden_states, mask, self.written.special(ids))
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states)
 
 
 class T5EncoderStack(nn.Module):
@@ -54,7 +61,7 @@ class T5EncoderStack(nn.Module):
         """Run the encoder on ids or embeddings; the mask is (B, n), true or not 0 at real tokens."""
         x = self.dropout(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         mask = x.new_ones(x.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        return BaseModelOutput(last_hidden_state=self.written(x, mask))
+        return BaseModelOutput(last_hidden_state=self.written(x, mask, self.written.special(input_ids)))
 
 
 def write_out(model: Module) -> Module:
@@ -101,6 +108,8 @@ def _write_out_bert(bert: Any) -> None:
         ffn = BertFFN(layer.intermediate, layer.output.dense)
         layers.append(EncoderLayer(attention, out.LayerNorm, ffn, layer.output.LayerNorm, False, out.dropout.p))
     bert.encoder = BertEncoderStack(Encoder(layers)).train(bert.training)
+    # a bound method, which a copy of the model takes along to its own encoder
+    bert.embeddings.register_forward_pre_hook(bert.encoder.see_ids, with_kwargs=True)
 
 
 def _write_out_t5(model: Any) -> None:

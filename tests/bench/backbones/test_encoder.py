@@ -11,11 +11,11 @@ from transformers import BertForQuestionAnswering
 
 from bench.backbones.encoder import Overhead, Seen, Tokens, TokenStep
 from bench.backbones.load import wrap
-from bench.backbones.model import EncoderTaskModel, TaskModel, TextToTextModel
+from bench.backbones.model import EncoderTaskModel, TaskModel, TextToTextModel, share_weights
 from bench.backbones.sites import EncoderView, digest
 from bench.backbones.write_out import write_out, written_encoder
 from bench.errors import BackboneError
-from tests.checkpoints import FAMILIES, Family, tiny_model, tokens
+from tests.checkpoints import FAMILIES, Family, encode_hidden, tiny_model, tokens
 from tests.tiny import tiny_bert_config
 
 
@@ -147,3 +147,23 @@ def test_removing_twice_equals_removing_together(family: Family) -> None:
 def test_the_backbone_owns_nothing_of_a_plain_overhead() -> None:
     assert Overhead().backbone_modules() == ()
     assert wrap(tiny_model("bert"), None, None).written is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_special_tokens_are_seen_by_a_copy_and_follow_the_vectors_that_are_kept(family: Family) -> None:
+    model = write_out(tiny_model(family))
+    written_encoder(model).protect([7, 9])
+    model = share_weights(model)  # the copy's encoder must see the copy's ids
+    ids = torch.tensor([[7, 8, 9, 11, 7, 0], [8, 9, 9, 11, 12, 13]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
+    seen: list[Tokens] = []
+    written_encoder(model).layers[0].register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    with torch.no_grad():
+        encode_hidden(model, input_ids=ids, attention_mask=mask)
+        with pytest.raises(BackboneError, match="called with input_ids"):
+            encode_hidden(model, inputs_embeds=torch.randn(2, 6, 32), attention_mask=mask)
+    (tokens,) = seen
+    assert tokens.special is not None and torch.equal(tokens.special, (ids == 7) | (ids == 9))
+    kept = torch.tensor([[True, False, True, True, False, False], [False, True, False, False, False, True]])
+    special = tokens.keep(kept).special
+    assert special is not None and special.tolist() == [[True, True, False], [True, False, False]]
