@@ -10,8 +10,15 @@ from bench.registry import methods
 
 
 def attributes(cls: type) -> dict[str, str]:
-    """Return attribute -> description from the ``Attributes`` section of a NumPy docstring."""
-    lines = (inspect.getdoc(cls) or "").splitlines()
+    """Return attribute -> description from the ``Attributes`` sections of a class and its bases, in NumPy style."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        found |= _attributes(base)
+    return found
+
+
+def _attributes(cls: type) -> dict[str, str]:
+    lines = inspect.cleandoc(cls.__doc__ or "").splitlines()
     try:
         start = lines.index("Attributes") + 2
     except ValueError:
