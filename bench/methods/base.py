@@ -93,6 +93,11 @@ class Method(ABC):
         Name in sweeps, source, and a number that is raised whenever a change alters results.
     summary, trains, saves
         One line each for the catalogue.
+    knob
+        What a ratio turns, in a few words for the catalogue; empty where it turns nothing.
+    frozen
+        Whether the backbone's weights stay the teacher's own: every parameter of the compressed model is shared with
+        the teacher or lies in an ``Overhead`` module.
     uses
         Which of the run's budget fields (``ratio``, ``steps``, ``batch_size``) the method reads; the others take
         no part in a run's identity.
@@ -104,6 +109,8 @@ class Method(ABC):
     summary: ClassVar[str]
     trains: ClassVar[str]
     saves: ClassVar[str]
+    knob: ClassVar[str] = ""
+    frozen: ClassVar[bool] = False
     uses: ClassVar[frozenset[str]] = frozenset({"ratio", "steps", "batch_size"})
 
     def skip(self, backbone: BackboneSpec, task: TaskSpec, ratio: float | None) -> str | None:

@@ -23,6 +23,7 @@ class Dense(Method):
     summary = "the teacher: the backbone fine-tuned on the task"
     trains = "nothing beyond the teacher"
     saves = "nothing"
+    frozen = True
     uses = frozenset()
 
     def compress(self, teacher: Teacher, data: TaskData, ctx: RunContext) -> TaskModel:

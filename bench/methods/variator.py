@@ -59,11 +59,11 @@ class Variator(Method):
     decay
         Learning rate on the task after the warm-up: ``linear`` or ``cosine`` to zero, or ``constant``.
     warmup
-        Share of the steps, of pre-training and on the task, over which the learning rate rises.
+        Share of a stage's steps over which the learning rate rises.
     weight_decay
-        AdamW's weight decay, in pre-training and on the task.
+        AdamW's weight decay.
     clip
-        Largest gradient norm, in pre-training and on the task.
+        Largest gradient norm.
     losses
         Mix of loss parts on the task; ``bench.training.losses`` says what each is.
     temperature
@@ -76,6 +76,8 @@ class Variator(Method):
     summary = "merge k neighbouring hidden vectors around each encoder FFN and expand them again"
     trains = "the plugin alone; the backbone stays frozen"
     saves = "FFN rows: n/k instead of n in every encoder layer"
+    knob = "k, the vectors that are merged into one"
+    frozen = True
 
     bottleneck: PositiveCount = 64
     mask_padding: bool = True
