@@ -40,6 +40,7 @@ ARROWS = {
     "methods": f"{_CONTRACTS} {_PARTS} plugins context training",
     "runner": f"{_CONTRACTS} {_PARTS} provenance artifacts context training costing",
     "describe": f"{_CONTRACTS} {_PARTS}",
+    "testing": f"{_CONTRACTS} {_PARTS} artifacts context training costing runner describe",
     "analysis": "errors results",
     "launch": f"{_CONTRACTS} {_PARTS} artifacts runner describe analysis",
     "cli": "version errors results config runner describe launch",
