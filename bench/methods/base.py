@@ -98,6 +98,8 @@ class Method(ABC):
     frozen
         Whether the backbone's weights stay the teacher's own: every parameter of the compressed model is shared with
         the teacher or lies in an ``Overhead`` module.
+    batch_invariant
+        Whether an answer is independent of the other examples in the batch and of padding.
     uses
         Which of the run's budget fields (``ratio``, ``steps``, ``batch_size``) the method reads; the others take
         no part in a run's identity.
@@ -111,6 +113,7 @@ class Method(ABC):
     saves: ClassVar[str]
     knob: ClassVar[str] = ""
     frozen: ClassVar[bool] = False
+    batch_invariant: ClassVar[bool] = True
     uses: ClassVar[frozenset[str]] = frozenset({"ratio", "steps", "batch_size"})
 
     def skip(self, backbone: BackboneSpec, task: TaskSpec, ratio: float | None) -> str | None:
