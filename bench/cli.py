@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from bench import __version__
 from bench.errors import BenchError, suggest
+
+if TYPE_CHECKING:
+    from bench.describe import Key
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 MODES = ("missing", "retry-failed", "force", "read-only")
@@ -43,36 +46,47 @@ class _RunCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record and isinstance(parameter, click.Option):
-                sections.setdefault(getattr(parameter, "section", "Options"), []).append(record)
+            if isinstance(parameter, _Key):
+                for section, line in parameter.records():
+                    sections.setdefault(section, []).append(line)
+            elif record := parameter.get_help_record(ctx):
+                sections.setdefault("Options", []).append(record)
         for title, records in sorted(sections.items(), key=lambda item: item[0] != "Options"):
             with formatter.section(title):
                 formatter.write_dl(records)
 
 
 class _Key(click.Option):
-    """An option made from a key; W&B passes keys with underscores, people write dashes."""
+    """An option made from a key; W&B passes keys with underscores, people write dashes.
 
-    def __init__(self, name: str, section: str, default: object, text: str) -> None:
-        shown = "" if default is None else f"  [default: {default}]"
-        flags = dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"])
-        super().__init__([*flags, name], type=str, default=None, help=f"{text}{shown}", metavar="VALUE")
-        self.section = section
+    Parameters
+    ----------
+    name
+        What the key is called.
+    meanings
+        What it means to whom; methods may differ.
+    """
 
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
-        """Show the dashed spelling alone."""
-        return f"--{str(self.name).replace('_', '-')} VALUE", self.help or ""
+    def __init__(self, name: str, meanings: Sequence[Key]) -> None:
+        self.dashed, self.meanings = f"--{name.replace('_', '-')}", meanings
+        super().__init__([*dict.fromkeys([self.dashed, f"--{name}"]), name], type=str, default=None)
+
+    def records(self) -> Iterator[tuple[str, tuple[str, str]]]:
+        """Yield the section and the line of each meaning."""
+        for key in self.meanings:
+            section = "Run" if "run" in key.defaults else f"Options of {key.readers}"
+            shown = f"  [default: {key.default}]" if key.default else ""
+            yield section, (f"{self.dashed} VALUE", f"{key.text}{shown}")
 
 
 def _with_keys(command: Callable[..., Any]) -> click.Command:
     """Turn a function into a command that takes every key of a run as ``keys``."""
     from bench.describe import keys
 
-    options: dict[str, _Key] = {}
-    for name, owner, default, text in keys():
-        section = "Run" if owner == "run" else f"Options of {owner}"
-        options.setdefault(name, _Key(name, section, default, text))
+    meanings: dict[str, list[Key]] = {}
+    for key in keys():
+        meanings.setdefault(key.name, []).append(key)
+    options = {name: _Key(name, those) for name, those in meanings.items()}
 
     def call(**given: Any) -> Any:
         chosen = {name: given.pop(name) for name in options if name in given}

@@ -60,8 +60,8 @@ def print_listing(what: str) -> None:
         from bench.describe import keys
 
         head("key", "read by", "default", "meaning")
-        for key, owner, default, text in keys():
-            table.add_row(key, owner, "" if default is None else str(default), text)
+        for key in keys():
+            table.add_row(key.name, key.readers, key.default, key.text)
     console().print(table)
 
 

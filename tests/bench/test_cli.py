@@ -13,9 +13,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from bench.cli import main
-from bench.config import RunConfig, known_keys
-from bench.describe import attributes, keys
-from bench.registry import methods
+from bench.config import known_keys
+from bench.describe import keys
 from tests.checkpoints import task_file, tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -50,41 +49,15 @@ def test_help_fits_a_terminal_and_keeps_its_examples_whole(words: list[str]) -> 
         assert re.search(r"^ {2}bench \w+", text, re.M)
 
 
-def test_every_key_is_an_option_with_a_description_of_its_own() -> None:
+def test_every_key_is_an_option_with_its_meaning_and_its_readers() -> None:
     rows = keys()
-    assert {name for name, *_ in rows} == set(known_keys())
-    said = [text for _, _, _, text in rows]
-    assert all(said) and len(set(said)) == len(said)
+    assert {key.name for key in rows} == set(known_keys()) and all(key.text for key in rows)
     text = "".join(invoke("run", "--help").stdout.split())
-    for name, _, default, description in rows:
-        shown = f"--{name.replace('_', '-')} VALUE {description}"
-        shown += f"[default: {default}]" if default is not None else ""
+    for key in rows:
+        shown = f"--{key.name.replace('_', '-')} VALUE {key.text}"
+        shown += f"[default: {key.default}]" if key.default else ""
         assert "".join(shown.split()) in text
-
-
-def test_descriptions_come_from_the_docstrings() -> None:
-    class Thing:
-        """A thing.
-
-        Attributes
-        ----------
-        one
-            The first,
-            on two lines with ``code``.
-        two, three
-            Both.
-
-        Notes
-        -----
-        four
-            No attribute.
-        """
-
-    assert attributes(Thing) == {"one": "The first, on two lines with code.", "two": "Both.", "three": "Both."}
-    assert attributes(int) == {}
-    for cls in (RunConfig, *methods().values()):
-        fields = set(attributes(cls))
-        assert fields <= set(known_keys()) | {"options"}, "a docstring speaks of what is no key"
+        assert "run" in key.defaults or "".join(f"Options of {key.readers}:".split()) in text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,111 @@
+"""What the library says of its own keys and methods comes from the code that defines them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from bench import describe
+from bench.config import RunConfig, known_keys
+from bench.describe import Key, attributes, keys
+from bench.methods.base import Method
+from bench.registry import methods
+
+
+def test_descriptions_come_from_the_docstrings() -> None:
+    class Thing:
+        """A thing.
+
+        Attributes
+        ----------
+        one
+            The first,
+            on two lines with ``code``.
+        two, three
+            Both.
+
+        Notes
+        -----
+        four
+            No attribute.
+        """
+
+    assert attributes(Thing) == {"one": "The first, on two lines with code.", "two": "Both.", "three": "Both."}
+    assert attributes(int) == {}
+    for cls in (RunConfig, *methods().values()):
+        fields = set(attributes(cls)) - set(attributes(Method)) - {"options"}
+        assert fields <= set(known_keys()), "a docstring speaks of what is no key"
+
+
+@dataclass(frozen=True)
+class _Trained(Method):
+    """Trains.
+
+    Attributes
+    ----------
+    rate
+        How fast.
+    """
+
+    paper = summary = trains = saves = "-"
+    version = 1
+
+    rate: float = 0.1
+
+    def compress(self, teacher: Any, data: Any, ctx: Any) -> Any:
+        return teacher.model
+
+
+def _kind(name: str, uses: frozenset[str], rate: float = 0.1, **options: tuple[type, Any, str]) -> type[Method]:
+    """Return a method whose further options are given as name -> (type, default, meaning)."""
+    body = {"name": name, "uses": uses, "rate": rate, **{key: default for key, (_, default, _) in options.items()}}
+    hints = {"rate": float, **{key: kind for key, (kind, _, _) in options.items()}}
+    meanings = "".join(f"{key}\n    {text}\n" for key, (_, _, text) in options.items())
+    doc = f"A method.\n\nAttributes\n----------\n{meanings}" if meanings else "A method."
+    cls = type(name, (_Trained,), body | {"__annotations__": hints, "__doc__": doc})
+    return dataclass(frozen=True)(cls)
+
+
+TRAINING = frozenset({"ratio", "steps", "batch_size"})
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> dict[str, Key]:
+    """Return the keys of six methods made up here, under ``name``, or ``name/reader`` for what means two things."""
+    found = {
+        "a": _kind("a", TRAINING, width=(int, 4, "How wide.")),
+        "b": _kind("b", TRAINING, width=(int, 8, "How wide.")),
+        "c": _kind("c", TRAINING, rate=0.2, width=(str, "all", "Which widths.")),
+        "d": _kind("d", TRAINING, rate=0.2),
+        "e": _kind("e", TRAINING),
+        "still": _kind("still", frozenset({"ratio"}), length=(int, 3, "How long.")),
+    }
+    monkeypatch.setattr(describe, "methods", lambda: found)
+    return {f"{key.name}/{next(iter(key.defaults))}" if key.name == "width" else key.name: key for key in keys()}
+
+
+def test_what_means_the_same_is_one_key_with_every_default(known: dict[str, Key]) -> None:
+    assert known["rate"].text == "How fast."
+    assert known["rate"].default == "0.1; c, d 0.2"
+    assert known["width/a"].defaults == {"a": 4, "b": 8} and known["width/a"].default == "4; b 8"
+    assert known["width/c"].defaults == {"c": "all"} and known["width/c"].text == "Which widths."
+    assert known["seed"].defaults == {"run": 0} and known["ratio"].default == ""
+
+
+def test_readers_are_named_shortly(known: dict[str, Key]) -> None:
+    assert known["seed"].readers == "run"
+    assert known["width/a"].readers == "a, b", "five train, so that naming those that do not is no shorter"
+    assert known["length"].readers == "still"
+    assert known["rate"].readers == "a, b, c, d, e, still", "one of them does not train"
+    every = dict.fromkeys("abcde", 1)
+    assert Key("x", every, "").readers == "every method that trains"
+    assert Key("x", {name: 1 for name in every if name != "c"}, "").readers == "every method that trains but c"
+    assert Key("x", dict.fromkeys("abe", 1), "").readers == "every method that trains but c and d"
+
+
+def test_keys_come_by_how_many_read_them(known: dict[str, Key]) -> None:
+    order = list(known)
+    assert order[0] == "task" and order.index("precision") < order.index("rate") < order.index("length")
+    assert order.index("width/a") < order.index("width/c")
