@@ -15,6 +15,7 @@ METHOD_GROUP = "bench.methods"
 _BUILT_IN = {
     "dense": "bench.methods.dense:Dense",
     "variator": "bench.methods.variator:Variator",
+    "distillation": "bench.methods.distillation:Distillation",
 }
 
 
