@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -81,7 +82,7 @@ def keep_heads(layer: EncoderLayer, heads: Sequence[int]) -> None:
 
 
 def keep_neurons(layer: EncoderLayer, neurons: Sequence[int]) -> None:
-    """Keep these neurons of the FFN's inner layer, ascending."""
+    """Keep these neurons of the FFN's inner layer, ascending; with none, the output bias is all that is left."""
     if len(neurons) == ffn_out(layer.ffn).in_features:
         return
     kept = torch.tensor(neurons, dtype=torch.long, device=ffn_out(layer.ffn).weight.device)
@@ -108,7 +109,9 @@ def ffn_in(ffn: nn.Module) -> tuple[nn.Linear, ...]:
 def narrowed(linear: nn.Linear, kept: Tensor, axis: int) -> nn.Linear:
     """Return a new matrix with the ``kept`` outputs (axis 0) or inputs (axis 1)."""
     weight = linear.weight.index_select(axis, kept)
-    small = nn.Linear(weight.shape[1], weight.shape[0], bias=linear.bias is not None, device="meta")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # nothing is kept, which is meant
+        small = nn.Linear(weight.shape[1], weight.shape[0], bias=linear.bias is not None, device="meta")
     small.weight = nn.Parameter(weight.clone(), requires_grad=linear.weight.requires_grad)
     if linear.bias is not None:
         bias = linear.bias.index_select(0, kept) if axis == 0 else linear.bias

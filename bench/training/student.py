@@ -51,20 +51,20 @@ def get_student(
         the teacher stay shared and are not stored.
     make
         Called with the path of a checkpoint that survives a kill; returns the student and JSON notes: ``stages``, a
-        list of what `bench.training.stage.run_stage` returns, and whatever ``build`` needs.
+        list of what `bench.training.stage.run_stage` returns, with ``artifact`` where another than the student holds the
+        outcome, and whatever ``build`` needs.
     """
 
     def store(folder: Path, checkpoint: Path) -> dict[str, Any]:
         model, notes = make(checkpoint)
-        tensors = {name: p.detach().cpu().contiguous() for name, p in changed(model, teacher.model).items()}
-        save_file(tensors, folder / WEIGHTS_FILE)
+        save_weights(model, teacher.model, folder)
         key = ctx.cache.key("student", ctx.identity)
-        return notes | {"stages": [stage | {"artifact": key} for stage in notes["stages"]]}
+        return notes | {"stages": [{"artifact": key} | stage for stage in notes["stages"]]}
 
     artifact = ctx.cache.get("student", ctx.identity, store, ctx.progress.message)
     ctx.record(artifact)
     model = build(artifact.meta).to(ctx.device)
-    _fill(model, teacher.model, artifact.folder)
+    load_weights(model, teacher.model, artifact.folder)
     ctx.bytes_added = bytes_on_disk(artifact.folder / WEIGHTS_FILE)
     return model.eval().requires_grad_(False)
 
@@ -75,8 +75,21 @@ def changed(model: nn.Module, teacher: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if id(p) not in shared}
 
 
+def save_weights(model: nn.Module, teacher: nn.Module, folder: Path) -> None:
+    """Write what ``model`` does not share with ``teacher``."""
+    tensors = {name: p.detach().cpu().contiguous() for name, p in changed(model, teacher).items()}
+    save_file(tensors, folder / WEIGHTS_FILE)
+
+
 @torch.no_grad()
-def _fill(model: nn.Module, teacher: nn.Module, folder: Path) -> None:
+def load_weights(model: nn.Module, teacher: nn.Module, folder: Path) -> None:
+    """Read into ``model``, which has the shape of what was saved, what `save_weights` wrote.
+
+    Raises
+    ------
+    BackboneError
+        If the file is missing, torn, or of another shape.
+    """
     wanted = changed(model, teacher)
     try:
         tensors = load_file(folder / WEIGHTS_FILE)

@@ -33,7 +33,11 @@ def silence(model: TaskModel, structure: Structure) -> None:
             out.weight.data[:, gone] = 0
 
 
-@pytest.mark.parametrize("structure", [LEFT, Structure((0, 1), ((), (0, 1, 2, 3)), ((), (7,)))], ids=["some", "none"])
+NONE = Structure((0, 1), ((), (0, 1, 2, 3)), ((), (7,)))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("structure", [LEFT, NONE], ids=["some", "none"])
 @pytest.mark.parametrize(("family", "changes"), SHAPES)
 @torch.no_grad()
 def test_what_is_cut_is_what_is_silenced(family: str, changes: dict[str, object], structure: Structure) -> None:

@@ -64,3 +64,15 @@ def test_only_what_differs_is_kept(family: Family, tmp_path: Path) -> None:
     assert all(p.requires_grad for p in copy.parameters())
     torch.testing.assert_close(copy(**INPUTS).logits, teacher(**INPUTS).logits, atol=1e-5, rtol=1e-5)
     assert len(written_encoder(smaller(teacher, LEFT)).layers) == 1
+
+
+def test_a_stage_may_have_left_its_outcome_elsewhere(tmp_path: Path) -> None:
+    config = quick_config(task_file(tmp_path / "task"), tiny_checkpoint(tmp_path / "bert", "bert"), method="dense")
+    ctx = context(config, tmp_path / "cache")
+    teacher = get_teacher(ctx)
+    common = {"steps": 1, "examples": 8, "flops": 1.0, "seconds": 0.0, "history": []}
+    first = {"name": "first", "artifact": "structure-0", "cached": True, **common}
+    notes = {"stages": [first, {"name": "second", **common}]}
+    get_student(teacher, ctx, lambda _: own_copy(teacher.model), lambda _: (own_copy(teacher.model), notes))
+    key = ctx.cache.key("student", ctx.identity)
+    assert [(s.artifact, s.cached) for s in ctx.stages[1:]] == [("structure-0", True), (key, False)]
