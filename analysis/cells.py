@@ -45,7 +45,8 @@ def cells(study: Study, predictions: Predictions | None = None) -> pd.DataFrame:
         One row a cell, ``task`` being ``"average"`` for the mean of the tasks' first metrics. Numbers are means over
         seeds. ``seed_low`` and ``seed_high`` are Student's interval over seeds (NaN for one seed); ``example_low`` and
         ``example_high`` a bootstrap over dev examples, each resampled with all its seeds. ``p`` compares with the
-        dense teachers of the same seeds on the same examples. ``on_front`` and ``best`` compare within one backbone and
+        dense teachers of the same seeds on the same examples, and so do ``drop_low`` and ``drop_high``, a paired
+        bootstrap. ``on_front`` and ``best`` compare within one backbone and
         task, the latter at equal ratio. An average that lacks a task has its names in ``missing_tasks`` and no score.
     """
     runs = _with_teachers(study.done)
@@ -62,7 +63,7 @@ def cells(study: Study, predictions: Predictions | None = None) -> pd.DataFrame:
         sample = _resample(group, _teachers_of(group, runs), predictions, rng)
         score_draws[len(rows)], gap_draws[len(rows)] = sample.scores, sample.gaps
         row |= {"example_low": sample.bounds.low, "example_high": sample.bounds.high}
-        row |= {"p": sample.p, "test": sample.test}
+        row |= {"p": sample.p, "test": sample.test} | _drop_bounds(sample.gaps)
         row |= {"metric": group["metric"].iloc[0], "seeds": len(group), "tasks": 1, "missing_tasks": ""}
         row["seed_low"], row["seed_high"] = t_interval(group["score"].to_numpy())
         row["seed_scores"] = tuple(zip(group["seed"], group["score"], strict=True))
@@ -164,9 +165,16 @@ def _averages(
                 row["seed_low"], row["seed_high"] = t_interval(np.array(means))
                 gaps = [gap for i in group.index if (gap := gap_draws[i]) is not None]
                 if len(gaps) == len(group):
-                    row |= {"p": two_sided(np.mean(gaps, axis=0)), "test": "bootstrap"}
+                    mean = np.mean(gaps, axis=0)
+                    row |= {"p": two_sided(mean), "test": "bootstrap"} | _drop_bounds(mean)
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _drop_bounds(gaps: Array | None) -> dict[str, float]:
+    """Bounds of teacher minus model, from draws of model minus teacher."""
+    bounds = Bounds(float("nan"), float("nan")) if gaps is None else percentile_bounds(-gaps)
+    return {"drop_low": bounds.low, "drop_high": bounds.high}
 
 
 def _means(rows: pd.DataFrame) -> dict[str, float]:

@@ -17,17 +17,20 @@ from numpy.typing import ArrayLike
 
 from analysis import words
 from analysis.cells import AVERAGE
+from analysis.drops import drops_figure
 from analysis.frames import DENSE, Study, groups
 from analysis.labels import Label, place
 from analysis.latency import latency_figure
 from analysis.statistics import Array
-from analysis.style import FAINT, FORMATS, INK, RC, Look, legend, looks, save
+from analysis.style import FAINT, FORMATS, INK, RC, Look, legend, legend_size, looks, save
 
 X_LABEL = "remaining encoder FLOPs (% of dense, real tokens)"
 NEAR = 1.5
 """Percentage points within which a point stands on the guide of its ratio, whose label then serves it."""
 LONGEST_NAME = 18
 """Characters up to which series are named beside their lines, and not in a legend."""
+CROWDED = 8
+"""Series from which a legend names them all, in two columns of a wider figure."""
 SIDE_BY_SIDE = 0.9
 """Percentage points between marks of equal cost, which would else hide each other's error bars."""
 
@@ -57,11 +60,12 @@ def write_figures(study: Study, table: pd.DataFrame, formats: Sequence[str] = FO
                 paths += save(overview_figure(shown, names, styles), folder / "pareto_overview", formats)
             for backbone, rows in groups(shown, "backbone"):
                 headline = AVERAGE if AVERAGE in set(rows["task"]) else rows["task"].iloc[0]
-                figure = latency_figure(rows[rows["task"] == headline], names[backbone], styles)
-                if figure is not None:
-                    paths += save(figure, folder / f"latency_{words.slug(names[backbone])}", formats)
+                rows = rows[rows["task"] == headline]
+                for kind, draw_kind in (("latency", latency_figure), ("drops", drops_figure)):
+                    if (figure := draw_kind(rows, names[backbone], styles)) is not None:
+                        paths += save(figure, folder / f"{kind}_{words.slug(names[backbone])}", formats)
     for suffix in formats:
-        for kind in ("pareto", "latency"):
+        for kind in ("pareto", "latency", "drops"):
             for stale in set(folder.glob(f"{kind}_*.{suffix}")) - set(paths):
                 stale.unlink()
     return sorted(paths)
@@ -80,9 +84,12 @@ def pareto_figure(rows: pd.DataFrame, backbone: str, styles: dict[str, Look]) ->
         Look of every series.
     """
     rows = _positions(rows)
-    direct = max(map(len, rows["series"])) <= LONGEST_NAME
-    height = 4.1 if direct else 4.1 + 0.16 * rows["series"].nunique()
-    figure = Figure(figsize=(5.6, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
+    series = rows["series"].unique()
+    many = len(series) > CROWDED
+    direct = max(map(len, series)) <= LONGEST_NAME and not many
+    width = 7.2 if many else 5.6
+    height = 4.1 if direct else 4.1 + legend_size(series, width)[2]
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     task = rows["task"].iloc[0]
@@ -113,7 +120,9 @@ def overview_figure(table: pd.DataFrame, names: dict[str, str], styles: dict[str
     panels = [(backbone, task) for backbone in sorted(names) for task in tasks]
     columns = len(tasks) if len(names) > 1 else min(4, len(tasks))
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(max(5.0, 1.95 * columns + 0.5), 1.75 * lines + 0.9), layout="constrained")
+    width = max(5.0, 1.95 * columns + 0.5)
+    height = 1.75 * lines + 0.6 + legend_size(styles, width)[2]
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(lines, columns, sharex=True, squeeze=False)
     for axes in grid.flat[len(panels) :]:

@@ -99,7 +99,7 @@ def read_study(folder: Path) -> Study:
             frame = frame.assign(**dict.fromkeys(NEEDED, math.nan))
         frame.insert(0, "study", folder.name)
         frame.insert(list(frame.columns).index("ratio"), "series", _series(frame))
-        identity = [c for c in frame.columns if c.startswith("identity.")]
+        identity = [c for c in frame.columns if c.startswith("identity.") or c == "command"]
         order = ["backbone", "task", "series", "ratio", "seed", "run_id"]
         frame = frame.drop(columns=identity).sort_values(order, ignore_index=True)
     return Study(folder, frame, problems)
@@ -126,6 +126,7 @@ def _row(result: RunResult) -> dict[str, Any]:
     row |= {f"examples.{name}": count for name, count in result.examples.items()}
     made = result.provenance
     row |= {name: getattr(made, name) for name in ("commit", "dirty", "device", "hardware", "threads", "started")}
+    row["command"] = frozenset(part.removeprefix("--").replace("-", "_") for part in made.command[2:])
     row |= {"caveat": result.task.get("caveat") or "", "notes": "; ".join(result.notes)}
     row |= {f"knob.{name}": value for name, value in _flat(result.knob)}
     row |= {f"option.{name.removeprefix('options.')}": value for name, value in _flat(config) if name not in AXES}
@@ -225,7 +226,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 def _series(frame: pd.DataFrame) -> pd.Series:
     """Name each row's method, with whatever tells its runs apart on one backbone and task, other than ratio and seed.
 
-    What can tell them apart is their identity; the recipe is named instead where that says as much.
+    What can tell them apart is their identity; the recipe is named instead where that says as much. A default, which
+    the run's command does not give, is named only where its name would else be another's.
     """
     names = frame["method"].astype(object).copy()
     where = ["backbone", "task"]
@@ -243,11 +245,19 @@ def _series(frame: pd.DataFrame) -> pd.Series:
             if _groups(rows, [*where, *others]) >= wanted:
                 chosen = others
         shown = [key.rsplit(".", 1)[-1] for key in chosen]
-        for index, values in zip(rows.index, rows[chosen].itertuples(index=False), strict=True):
-            settings = [f"{name}={_text(value)}" for name, value in zip(shown, values, strict=True)]
-            told = ", ".join(setting for setting in settings if setting != "recipe=default")
-            names[index] = f"{method} ({told})" if told else method
+        settings = list(rows[chosen].itertuples(index=False, name=None))
+        given = [tuple(name in command for name in shown) for command in rows["command"]]
+        brief = [_named(str(method), shown, values, which) for values, which in zip(settings, given, strict=True)]
+        alike = len(set(brief)) < len(set(settings))
+        for index, name, values in zip(rows.index, brief, settings, strict=True):
+            names[index] = _named(str(method), shown, values, (True,) * len(shown)) if alike else name
     return names
+
+
+def _named(method: str, names: list[str], values: tuple[object, ...], given: tuple[bool, ...]) -> str:
+    pairs = [(name, _text(value)) for name, value, told in zip(names, values, given, strict=True) if told]
+    told = ", ".join(f"{name}={value}" for name, value in pairs if (name, value) != ("recipe", "default"))
+    return f"{method} ({told})" if told else method
 
 
 def _groups(rows: pd.DataFrame, keys: list[str]) -> int:

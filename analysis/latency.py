@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from analysis import words
 from analysis.cells import AVERAGE
 from analysis.frames import DENSE, groups
-from analysis.style import FAINT, Look, legend
+from analysis.style import FAINT, Look, legend, legend_size
 
 
 def latency_figure(rows: pd.DataFrame, backbone: str, styles: dict[str, Look]) -> Figure | None:
@@ -35,7 +35,9 @@ def latency_figure(rows: pd.DataFrame, backbone: str, styles: dict[str, Look]) -
     lows = timed[[f"{column}_low" for column in shapes]].min().min()
     flops = [_flops(timed, column) for column in shapes]
     ends = min(lows, *(x.min() for x in flops)) - 0.04, max(1.0, highs, *(x.max() for x in flops)) + 0.04
-    figure = Figure(figsize=(2.7 * len(shapes) + 1.6, 3.5), layout="constrained")
+    present = {name: look for name, look in styles.items() if name in set(timed["series"]) or name == DENSE}
+    _, width, height = legend_size(present, 0)
+    figure = Figure(figsize=(2.75 * len(shapes) + 0.3 + width, max(3.5, height + 0.4)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(shapes), sharex=True, sharey=True, squeeze=False)[0]
     for axes, (column, shape) in zip(panels, shapes.items(), strict=True):
@@ -53,14 +55,13 @@ def latency_figure(rows: pd.DataFrame, backbone: str, styles: dict[str, Look]) -
         axes.set_xlim(ends)
         axes.set_ylim(ends)
         axes.set_aspect("equal")
-        axes.set_xlabel("FLOPs of the whole model,\ncompressed / dense (timed batch)")
+        axes.set_xlabel("FLOPs of the whole model\non the timed batch, compressed / dense", fontsize=7.5)
         axes.text(ends[0] + 0.02, 1.008, "as fast as dense", fontsize=6.5, color=FAINT, va="bottom")
         axes.annotate("time = FLOPs", (1, 1), (-14, -22), xycoords="axes fraction", textcoords="offset points",
                       ha="right", va="top", rotation=45, rotation_mode="anchor", fontsize=6.5, color=FAINT)  # fmt: skip
     panels[0].set_ylabel("latency, compressed / dense\n(median, 95 % bootstrap)")
     several = f" · average over {int(rows['tasks'].max())} tasks" if rows["task"].iloc[0] == AVERAGE else ""
-    figure.suptitle(f"{backbone}{several}", fontsize=9, fontweight="bold")
-    present = {name: look for name, look in styles.items() if name in set(timed["series"]) or name == DENSE}
+    figure.suptitle(f"{backbone}{several}", fontsize=9, fontweight="bold", x=0.02, ha="left")
     legend(figure, present, "outside right upper", 0)
     return figure
 

@@ -68,13 +68,21 @@ def looks(series: Iterable[str]) -> dict[str, Look]:
     return found
 
 
+def legend_size(names: Iterable[str], width: float) -> tuple[int, float, float]:
+    """Return how many columns of ``names`` fit into ``width`` inches, and the width and height that they take."""
+    names = list(names)
+    each = 0.5 + 0.06 * max(map(len, names))
+    columns = max(1, int(width / each))
+    return columns, columns * each, 0.16 * -(-len(names) // columns)
+
+
 def legend(figure: Figure, styles: Mapping[str, Look], place: Place, width: float) -> None:
     """Name every series, in as many columns as ``width`` inches hold."""
     handles = [
         Line2D([], [], color=look.colour, marker=look.marker, ls=look.dashes, ms=4.5, lw=1.2)
         for look in styles.values()
     ]
-    columns = max(1, int(width / (0.5 + 0.06 * max(map(len, styles)))))
+    columns, _, _ = legend_size(styles, width)
     figure.legend(handles, list(styles), loc=place, ncols=columns, fontsize=7.5, handlelength=3.2)
 
 

@@ -17,7 +17,7 @@ from analysis.predictions import Predictions
 from bench.results import write_atomic
 
 PERCENT = (
-    "score", "example_low", "example_high", "seed_low", "seed_high", "teacher_score", "drop",
+    "score", "example_low", "example_high", "seed_low", "seed_high", "teacher_score", "drop", "drop_low", "drop_high",
     "requested_remaining", "remaining", "saved", "remaining_padded", "remaining_total",
 )  # fmt: skip
 RELATIVE = "Drop, % of teacher"
@@ -26,7 +26,8 @@ NOTES = (
     "A score's interval is the central 95 % of a bootstrap over dev examples, each with all its seeds; the interval "
     "over seeds is Student's.",
     "Ratio k is the plugin's k; for any other method it asks for the same remaining encoder FLOPs as the plugin at k.",
-    "Drop is the teacher's score minus the model's, seed by seed: positive is worse.",
+    "Drop is the teacher's score minus the model's, seed by seed: positive is worse. Its interval is a bootstrap over "
+    "dev examples, paired: narrower than the scores' own, as both answer the same examples.",
     "A latency ratio is the median of compressed / dense over interleaved timings: below 1 is faster.",
     "p compares with the dense teachers of the same seeds on the same examples: McNemar's exact test for the accuracy "
     "of one seed, else a paired bootstrap of the score.",
@@ -75,7 +76,9 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     columns = [*head, *PERCENT, "drop_percent", *counts, *ratios, "p", "test", "best", "on_front"]
     shown = table.reindex(columns=columns)
     shown[list(PERCENT)] = (100 * shown[list(PERCENT)]).round(6)
-    return shown.rename(columns={name: f"{name}_percent" for name in PERCENT} | {"drop": "drop_points"})
+    return shown.rename(
+        columns={name: f"{name}_points" if name.startswith("drop") else f"{name}_percent" for name in PERCENT}
+    )
 
 
 def blocks(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
@@ -157,7 +160,7 @@ def detail(rows: pd.DataFrame, narrow: bool = False) -> tuple[list[str], list[li
     latency = {column: text for column, text in latency.items() if rows[column].notna().any()}
     headers = [
         "Method", "Ratio k", f"{words.metric(rows['metric'].iloc[0])} [over examples]", "[over seeds] (seeds)",
-        "Drop, points", RELATIVE, "Remaining encoder FLOPs, % (real tokens)", "Saved, %",
+        "Drop, points [paired, over examples]", RELATIVE, "Remaining encoder FLOPs, % (real tokens)", "Saved, %",
         "Parameters added, % of teacher", *(f"Latency ratio, {shape}" for shape in latency.values()), "p against dense",
     ]  # fmt: skip
     grid = []
@@ -172,7 +175,9 @@ def detail(rows: pd.DataFrame, narrow: bool = False) -> tuple[list[str], list[li
                 words.ratio(row["ratio"]),
                 Bold(score) if row["best"] else score,
                 _over_seeds(row),
-                words.number(row["drop"], scale=100, sign=True) if compressed else "",
+                words.interval(row["drop"], row["drop_low"], row["drop_high"], scale=100, sign=True)
+                if compressed
+                else "",
                 words.number(row["drop_percent"], sign=True) if compressed else "",
                 words.number(row["remaining"], scale=100) + ("†" if off else ""),
                 words.number(row["saved"], scale=100),

@@ -27,12 +27,12 @@ def number(value: float, digits: int = 1, scale: float = 1.0, sign: bool = False
     return text.replace("-", "−")
 
 
-def interval(value: float, low: float, high: float, digits: int = 1, scale: float = 1.0) -> str:
+def interval(value: float, low: float, high: float, digits: int = 1, scale: float = 1.0, sign: bool = False) -> str:
     """Format as ``84.3 [82.1, 86.5]``, or the value alone where there are no ends."""
-    text = number(value, digits, scale)
+    text = number(value, digits, scale, sign)
     if pd.isna(value) or pd.isna(low):
         return text
-    return f"{text} [{number(low, digits, scale)}, {number(high, digits, scale)}]"
+    return f"{text} [{number(low, digits, scale, sign)}, {number(high, digits, scale, sign)}]"
 
 
 def added(percent: float) -> str:

@@ -64,7 +64,8 @@ def make_run(
     identity |= core | {"seed": seed} | ({} if dense else {"ratio": ratio}) | {f"option.{k}": v for k, v in own.items()}
     run_id = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:16]
     result = RunResult(
-        run_id=run_id, study=study, status=status, reason=reason, identity=identity, provenance=_provenance(),
+        run_id=run_id, study=study, status=status, reason=reason, identity=identity,
+        provenance=_provenance(fields | core | own),
         config=fields | core | {"options": own},
     )  # fmt: skip
     if status != "done":
@@ -181,8 +182,14 @@ def _time(result: RunResult, achieved: float) -> None:
         result.memory.append(Memory(**shape, dense_bytes=10**7, compressed_bytes=8 * 10**6))
 
 
-def _provenance() -> Provenance:
+DEFAULTS = {"train_examples": 5000, "steps": 1200, "bottleneck": 64, "recipe": "default"}
+
+
+def _provenance(values: Mapping[str, Any]) -> Provenance:
+    """As a run notes it: its command gives what differs from the defaults; what a recipe sets is given by itself."""
+    given = [f"--{name.replace('_', '-')}" for name, value in values.items() if DEFAULTS.get(name) != value]
+    command = ["bench", "run", *(part for name in given for part in (name, "x"))]
     return Provenance(
-        commit="0123456789abcdef", dirty=False, command=["bench", "run"], started="2026-01-01T00:00:00Z", host="box",
+        commit="0123456789abcdef", dirty=False, command=command, started="2026-01-01T00:00:00Z", host="box",
         platform="Linux", hardware="Example CPU", device="cpu", threads=2, versions={"torch": "2.13.0"},
     )  # fmt: skip

@@ -168,3 +168,13 @@ def test_pairs_share_seeds_or_are_not_compared(tmp_path):
     assert found["seeds"].tolist() == [1]
     lonely = write_runs(tmp_path, [make_run(seed=0), make_run(method="pruning", seed=1)], "lonely")
     assert comparisons(read_study(lonely), Predictions(lonely)).empty
+
+
+def test_the_interval_of_a_drop_is_paired(tmp_path):
+    table = table_of(tmp_path, glue(methods=("variator", "pruning"), seeds=(0, 1)), "glue")
+    for task in ("sst2", AVERAGE):
+        row = cell(table, task, "pruning")
+        assert row["drop_low"] < row["drop"] < row["drop_high"]
+        gaps = row["drop_low"], row["drop_high"]
+        assert (row["p"] < 0.05) == (min(gaps) > 0 or max(gaps) < 0), "interval and test must tell the same"
+    assert np.isnan(cell(table, "sst2", "dense", None)["drop_low"])

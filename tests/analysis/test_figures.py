@@ -14,6 +14,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from analysis.cells import AVERAGE, cells
+from analysis.drops import drops_figure
 from analysis.figures import overview_figure, pareto_figure, write_figures
 from analysis.frames import read_study
 from analysis.labels import Label, place
@@ -232,3 +233,24 @@ def test_dense_alone_makes_a_report_without_a_latency_figure(tmp_path):
     write_runs(tmp_path, [make_run(method="dense", ratio=None), make_run(status="failed", reason="off budget")])
     made = regenerate(tmp_path, "glue", ["svg"])
     assert made.paths and not any("latency" in path.name for path in made.paths)
+
+
+def test_drops_are_ranked_within_each_ratio_with_their_paired_intervals(table):
+    rows = table[(table["backbone"] == "base") & (table["task"] == "sst2")]
+    with mpl.rc_context(RC):
+        figure = drops_figure(rows, "base", looks(table["series"]))
+    panels = [axes for axes in figure.axes if axes.get_title(loc="left").startswith("k = ")]
+    assert [axes.get_title(loc="left") for axes in panels] == ["k = 2", "k = 4", "k = 8"]
+    for axes, (_, block) in zip(panels, rows[rows["ratio"].notna()].groupby("ratio"), strict=True):
+        names = [label.get_text() for label in axes.get_yticklabels()]
+        assert names == list(block.sort_values("drop")["series"])
+        points = [line.get_xdata()[0] for line in axes.lines if line.get_marker() not in ("None", "", None)]
+        assert points == pytest.approx(sorted(100 * block["drop"]))
+        bars = [bar.get_segments()[0][:, 0] for bar in axes.collections]
+        ordered = block.sort_values("drop")
+        assert np.array(bars) == pytest.approx(100 * ordered[["drop_low", "drop_high"]].to_numpy())
+
+
+def test_one_method_alone_has_no_figure_of_drops(tmp_path):
+    table = cells(read_study(write_runs(tmp_path, [make_run(), make_run(method="dense", ratio=None)])))
+    assert drops_figure(table, "base", looks(table["series"])) is None
