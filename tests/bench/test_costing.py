@@ -12,7 +12,7 @@ from bench.backbones.encoder import EncoderLayer, Seen, Tokens, TokenStep
 from bench.backbones.write_out import write_out, written_encoder
 from bench.costing import check_budget, measure_cost
 from bench.errors import BenchError
-from bench.measure.closed_form import layer_macs
+from bench.measure.closed_form import layer_macs, remaining
 from bench.methods.base import Setting
 from bench.training.teacher import get_teacher
 from tests.checkpoints import FAMILIES, Family, context, quick_config, task_file, tiny_checkpoint
@@ -61,11 +61,13 @@ def test_a_dynamic_model_is_counted_example_by_example(family: Family, tmp_path:
     (1.019, "", []), (0.981, "", []), (1.03, "no such depth", ["no such depth"]), (1.03, "", None), (0.97, "", None),
 ])  # fmt: skip
 def test_off_budget_needs_a_reason(factor: float, note: str, outcome: list[str] | None, tmp_path: Path) -> None:
-    config = quick_config(task_file(tmp_path / "task"), tiny_checkpoint(tmp_path / "bert", "bert"), method="dense")
+    backbone = tiny_checkpoint(tmp_path / "bert", "bert")
+    config = quick_config(task_file(tmp_path / "task"), backbone, method="variator", ratio=2)
     ctx = context(config, tmp_path / "cache")
     teacher = get_teacher(ctx)
     cost: Any = measure_cost(teacher.model, teacher, ctx)
-    check_budget(cost, ctx)  # dense asks for nothing
+    asks_nothing = cost.model_copy(update={"requested_remaining": None})
+    check_budget(asks_nothing, ctx)
     cost = cost.model_copy(update={"requested_remaining": 0.5, "achieved_remaining": 0.5 * factor})
     ctx.setting = Setting({}, note=note)
     if outcome is None:
@@ -74,3 +76,22 @@ def test_off_budget_needs_a_reason(factor: float, note: str, outcome: list[str] 
     else:
         check_budget(cost, ctx)
         assert ctx.notes == outcome
+
+
+@pytest.mark.parametrize(("factor", "stands"), [(1.0, True), (0.985, True), (1.03, False)])
+def test_a_budget_that_differs_between_the_splits(factor: float, stands: bool, tmp_path: Path) -> None:
+    """Meeting the budget of the selection split, which the setting was solved for, is enough, and is said."""
+    backbone = tiny_checkpoint(tmp_path / "bert", "bert")
+    config = quick_config(task_file(tmp_path / "task"), backbone, method="variator", ratio=2)
+    ctx = context(config, tmp_path / "cache")
+    teacher = get_teacher(ctx)
+    cost: Any = measure_cost(teacher.model, teacher, ctx)
+    budget = remaining(ctx.spec, 2, ctx.lengths("selection"))
+    cost = cost.model_copy(update={"requested_remaining": budget / 1.1, "achieved_remaining": budget * factor})
+    if stands:
+        check_budget(cost, ctx)
+        (note,) = ctx.notes
+        assert f"on the lengths of the selection split, {budget:.1%}" in note and f"asks for {budget / 1.1:.1%}" in note
+    else:
+        with pytest.raises(BenchError, match="gave no reason"):
+            check_budget(cost, ctx)
