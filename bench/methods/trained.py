@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from bench.backbones.model import TaskModel
     from bench.context import RunContext
-    from bench.training.loop import Trained
+    from bench.training.loop import Schedule, Trained
     from bench.training.stage import Batch, FeatureBatches
 
 
@@ -63,6 +63,21 @@ class TrainedMethod(Method):
         size, pad = ctx.config.batch_size, ctx.tokenizer.pad_token_id
         return FeatureBatches(ctx.features["train"], size, pad, ctx.config.seed, ctx.device)
 
+    def schedule(self, ctx: RunContext, steps: int | None = None) -> Schedule:
+        """Return the optimisation of a stage of ``steps`` steps; all of the run's by default."""
+        from bench.training.loop import Schedule
+
+        steps = ctx.config.steps if steps is None else steps
+        return Schedule(
+            steps=steps,
+            lr=self.lr,
+            warmup=round(self.warmup * steps),
+            decay=self.decay,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+            precision=ctx.config.precision,
+        )
+
     def distill(
         self,
         name: str,
@@ -87,18 +102,7 @@ class TrainedMethod(Method):
             Steps of this stage; all of the run's by default.
         """
         from bench.training.distill import distill
-        from bench.training.loop import Schedule
 
-        steps = ctx.config.steps if steps is None else steps
-        schedule = Schedule(
-            steps=steps,
-            lr=self.lr,
-            warmup=round(self.warmup * steps),
-            decay=self.decay,
-            weight_decay=self.weight_decay,
-            clip=self.clip,
-            precision=ctx.config.precision,
-        )
         return distill(
             name,
             student,
@@ -108,7 +112,7 @@ class TrainedMethod(Method):
             mix=self.losses,
             kind=ctx.task.kind,
             temperature=self.temperature,
-            schedule=schedule,
+            schedule=self.schedule(ctx, steps),
             ctx=ctx,
             checkpoint=checkpoint,
             layers=layers,
