@@ -42,7 +42,7 @@ def tiny_model(family: Family, seed: int = 0, **changes: Any) -> Any:
     Weights are large and norms are not the identity, so that a wrong term shows in the output.
     """
     torch.manual_seed(seed)
-    model = (
+    model: Any = (
         BertForSequenceClassification(tiny_bert_config(**changes))
         if family == "bert"
         else T5ForConditionalGeneration(tiny_t5_config(**changes))

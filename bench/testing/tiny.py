@@ -48,10 +48,13 @@ def bert_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @cache
-def t5_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a Unigram tokenizer with T5's special tokens: pad 0, end 1, unknown 2, and 100 sentinels counting down."""
+def t5_tokenizer(more: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """Return a Unigram tokenizer with T5's special tokens: pad 0, end 1, unknown 2, and 100 sentinels counting down.
+
+    ``more`` are further words of one token each.
+    """
     spelled = [("▁", -4.0), *((c, -8.0) for c in CHARACTERS)]
-    words = [(f"▁{word}", -3.0) for word in WORDS if len(word) > 1]
+    words = [(f"▁{word}", -3.0) for word in (*(word for word in WORDS if len(word) > 1), *more)]
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), *words, *spelled]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
