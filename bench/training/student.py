@@ -51,8 +51,8 @@ def get_student(
         the teacher stay shared and are not stored.
     make
         Called with the path of a checkpoint that survives a kill; returns the student and JSON notes: ``stages``, a
-        list of what `bench.training.stage.run_stage` returns, with ``artifact`` where another than the student holds the
-        outcome, and whatever ``build`` needs.
+        list of what `bench.training.stage.run_stage` returns, with ``artifact`` where another than the student holds
+        the outcome, and whatever ``build`` needs.
     """
 
     def store(folder: Path, checkpoint: Path) -> dict[str, Any]:
