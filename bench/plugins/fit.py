@@ -7,6 +7,7 @@ u_i. In tanh's linear range that is a reduced-rank regression, solved exactly fr
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -72,36 +73,65 @@ def _fit_pair(
     gram = torch.zeros(2 * d + 1, 2 * d + 1, dtype=torch.float64, device=device)
     cross = torch.zeros(2 * d + 1, d, dtype=torch.float64, device=device)
 
-    def gather(module: nn.Module, args: tuple[Any, ...]) -> None:
-        x, r = _regression(layer, pair, args[0])
+    def gather(u: Tensor) -> None:
+        x, r = _regression(layer, pair, u)
         gram.add_(x.T @ x)
         cross.add_(x.T @ r)
+
+    visit_inputs(layer, student, inputs, gather)
+    w1, b1, w2, b2 = linear_bottleneck(gram, cross, rank)
+    pair.w1_y.weight[:rank] = w1[:, :d]
+    pair.w1_u.weight[:rank] = w1[:, d:]
+    pair.w1_u.bias[:rank] = b1
+    pair.w2.weight[:, :rank] = w2
+    pair.w2.bias.copy_(b2)
+
+
+def visit_inputs(
+    layer: nn.Module, model: nn.Module, batches: Iterable[Mapping[str, Tensor]], visit: Callable[..., None]
+) -> None:
+    """Call ``visit`` with what ``layer`` is given on each batch; what follows it in ``model`` does not run."""
+
+    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+        visit(*args)
         raise _Reached
 
-    hook = layer.register_forward_pre_hook(gather)
+    hook = layer.register_forward_pre_hook(stop)
     try:
-        for batch in inputs:
-            try:
-                student(**batch)
-            except _Reached:
-                continue
+        for batch in batches:
+            with contextlib.suppress(_Reached):
+                model(**batch)
     finally:
         hook.remove()
-    ridge = torch.full((2 * d + 1,), _RIDGE * gram.diagonal()[:-1].mean().item(), dtype=torch.float64, device=device)
-    ridge[-1] = 0.0
-    full = torch.linalg.solve(gram + ridge.diag(), cross)
+
+
+def ridge(gram: Tensor, cross: Tensor) -> Tensor:
+    """Return the ridge regression of y on x, (p, q), from x^T x and x^T y; the last regressor is a constant 1."""
+    damping = torch.full_like(gram[0], _RIDGE * gram.diagonal()[:-1].mean().item())
+    damping[-1] = 0.0
+    solution: Tensor = torch.linalg.solve(gram + damping.diag(), cross)
+    return solution
+
+
+def linear_bottleneck(gram: Tensor, cross: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return W_1, b_1, W_2, b_2 of the W_2 tanh(W_1 x + b_1) + b_2 that predicts y best while tanh is linear.
+
+    Parameters
+    ----------
+    gram, cross
+        x^T x, (p + 1, p + 1), and x^T y, (p + 1, q), summed over samples, with a constant 1 as the last regressor.
+    rank
+        Width of the bottleneck, at most q.
+    """
+    full = ridge(gram, cross)
     n = gram[-1, -1]
     mean = gram[-1] @ full / n
     explained = full.T @ gram @ full / n - torch.outer(mean, mean)
     basis = torch.linalg.eigh(explained).eigenvectors[:, -rank:]
     scale = _LINEAR_RANGE / (basis.T @ explained @ basis).diagonal().clamp_min(1e-16).sqrt()
     down = (full @ basis) * scale
-    pair.w1_y.weight[:rank] = down[:d].T
-    pair.w1_u.weight[:rank] = down[d:-1].T
     # the mean goes to the last bias, so that tanh's argument is centred and no rank is spent on a constant
-    pair.w1_u.bias[:rank] = down[-1] - (mean @ basis) * scale
-    pair.w2.weight[:, :rank] = basis / scale
-    pair.w2.bias.copy_(mean)
+    return down[:-1].T, down[-1] - (mean @ basis) * scale, basis / scale, mean
 
 
 def _regression(layer: CompressedFFN, pair: CompressionPair, u: Tensor) -> tuple[Tensor, Tensor]:
