@@ -151,9 +151,9 @@ class MethodConformance:
 import json, sys
 from bench.backbones.catalogue import spec_of
 from bench.errors import Unreachable
-from bench.registry import method
 from bench.tasks.catalogue import TASKS
-chosen = method({self.method!r})()
+from {chosen.__module__} import {chosen.__qualname__} as chosen
+chosen = chosen()
 for name in ("minilm-l6", "t5-base"):
     if chosen.skip(spec_of(name), TASKS["sst2"], 4) is None:
         try:
@@ -203,10 +203,8 @@ print(json.dumps([name for name in ("torch", "transformers", "datasets", "pandas
         prepared = case.prepare()
         model, teacher = _compressed(prepared), prepared.teacher.model
         inputs = prepared.inputs(prepared.examples[:5])
-        with torch.inference_mode():
-            expected: TaskOutput = teacher(**inputs, hidden=True)
-            output: TaskOutput = model(**inputs, hidden=True)
-            plain: TaskOutput = model(**inputs)
+        expected, output = _run(teacher, inputs, hidden=True), _run(model, inputs, hidden=True)
+        plain = _run(model, inputs)
         logits, wanted = output.logits, expected.logits
         assert logits.shape == wanted.shape and logits.dtype == wanted.dtype, (
             f"logits are {logits.dtype} {tuple(logits.shape)}, the teacher's {wanted.dtype} {tuple(wanted.shape)}"
@@ -225,9 +223,7 @@ print(json.dumps([name for name in ("torch", "transformers", "datasets", "pandas
         # an input without padding may come without a mask
         alone = prepared.inputs(prepared.examples[:1])
         bare = {name: tensor for name, tensor in alone.items() if name != "attention_mask"}
-        with torch.inference_mode():
-            same = model(**bare).logits, model(**alone).logits
-        _same(*same, "a mask of ones is not the same as no mask")
+        _same(_run(model, bare).logits, _run(model, alone).logits, "a mask of ones is not the same as no mask")
         if kind == "qa" and case.family == "t5":
             texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
             generated: Any = model
@@ -306,9 +302,7 @@ print(json.dumps([name for name in ("torch", "transformers", "datasets", "pandas
         together = prepared.answers(model)
         for i, feature in enumerate(prepared.examples[:6]):
             for longer in (0, 1, 30):
-                torch.manual_seed(0)
-                with torch.inference_mode():
-                    alone = model(**prepared.inputs([feature], longer)).logits[0]
+                alone = _run(model, prepared.inputs([feature], longer)).logits[0]
                 apart = f"example {i} of {len(feature['input_ids'])} tokens answers otherwise with {longer} of padding"
                 _same(alone, together[i], apart)
 
@@ -319,7 +313,7 @@ print(json.dumps([name for name in ("torch", "transformers", "datasets", "pandas
 
     def test_it_comes_back_from_the_cache(self, made: Made) -> None:
         """A second run of the same config trains nothing and has the same model, setting and cost."""
-        again = made.case.prepare(made.cache, made.prepared.teacher)
+        again = made.case.prepare(made.cache)
         with _trainings() as trainings:
             model = again.compress()
         assert not trainings, "a second run trains again: keep what is trained in ctx.cache"
@@ -360,8 +354,7 @@ print(json.dumps([name for name in ("torch", "transformers", "datasets", "pandas
     def test_it_runs_without_steps(self, case: Case) -> None:
         """``steps=0`` compresses without training on the task."""
         prepared = case.replace(steps=0).prepare()
-        with torch.inference_mode():
-            logits = prepared.answers(_compressed(prepared))
+        logits = prepared.answers(_compressed(prepared))
         assert torch.isfinite(logits).all(), "logits are not finite"
 
 
@@ -376,6 +369,13 @@ def _compressed(prepared: Prepared) -> TaskModel:
         return prepared.compress()
     except Unreachable as error:
         pytest.skip(str(error))
+
+
+def _run(model: TaskModel, inputs: Mapping[str, Tensor], **how: bool) -> TaskOutput:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        output: TaskOutput = model(**inputs, **how)
+    return output
 
 
 def _make(case: Case, cache: Path) -> Made:
