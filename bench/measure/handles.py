@@ -68,6 +68,7 @@ TRACED: dict[str, Callable[[Any, Any], int]] = {
     "aten::linear": _rows(0),
     "aten::matmul": _rows(0),
     "aten::mm": _rows(0),
+    "aten::_int_mm": _rows(0),
     "aten::bmm": _rows(0),
     "aten::mv": _rows(0),
     "aten::dot": _rows(0),
@@ -82,6 +83,7 @@ TRACED: dict[str, Callable[[Any, Any], int]] = {
 """Name of an op in a trace -> its MACs, from the values that go in and come out."""
 
 DISPATCHED: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._int_mm: lambda a, b, **_: 2 * prod(a) * b[-1],
     torch.ops.aten.mv: lambda a, b, **_: 2 * prod(a),
     torch.ops.aten.dot: lambda a, b, **_: 2 * prod(a),
     torch.ops.aten.addmv: lambda bias, a, b, **_: 2 * prod(a),

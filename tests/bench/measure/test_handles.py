@@ -53,6 +53,7 @@ COUNTED: dict[str, tuple[Callable[[Tensor], Any], int]] = {
     "linear": (nn.Linear(4, 5), 3 * 4 * 5),
     "linear on 3 axes": (lambda x: F.linear(x.expand(2, 3, 4), ones(5, 4)), 2 * 3 * 4 * 5),
     "mm": (lambda x: torch.mm(x, x.t()), 3 * 4 * 3),
+    "mm of int8": (lambda x: torch._int_mm(x.to(torch.int8), ones(4, 5, dtype=torch.int8)), 3 * 4 * 5),
     "bmm": (lambda x: torch.bmm(x.expand(2, 3, 4), ones(2, 4, 5)), 2 * 3 * 4 * 5),
     "matmul": (lambda x: x @ ones(4, 5), 3 * 4 * 5),
     "matmul, broadcast": (lambda x: x.expand(2, 1, 3, 4) @ ones(5, 4, 6), 2 * 5 * 3 * 4 * 6),
