@@ -17,7 +17,7 @@ from bench.measure.closed_form import accumulate, remaining
 from bench.measure.flops import Parts, count_dispatched, count_lengths
 from bench.measure.latency import interleaved
 from bench.measure.memory import peak_bytes
-from bench.measure.size import bytes_on_disk, count_parameters
+from bench.measure.size import bytes_on_disk, count_bytes, count_parameters
 from bench.results import Cost, CostPair, Flops, Latency, Memory
 from bench.tasks.evaluation import batches
 from bench.tasks.features import Feature, collate
@@ -66,6 +66,7 @@ def measure_cost(model: TaskModel, teacher: Teacher, ctx: RunContext) -> Cost:
         parameters_trained=ctx.trained_parameters,
         bytes_added=ctx.bytes_added,
         bytes_teacher=bytes_on_disk(teacher.artifact.folder / WEIGHTS_FILE),
+        bytes_total=count_bytes(model.parameters()),
     )
 
 

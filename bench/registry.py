@@ -16,6 +16,8 @@ _BUILT_IN = {
     "dense": "bench.methods.dense:Dense",
     "variator": "bench.methods.variator:Variator",
     "distillation": "bench.methods.distillation:Distillation",
+    "early_exit": "bench.methods.early_exit:EarlyExit",
+    "quantization": "bench.methods.quantization:Quantization",
 }
 
 

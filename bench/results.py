@@ -121,6 +121,8 @@ class Cost(_Model):
         Size on disk of what the method must store beyond the teacher.
     bytes_teacher
         Size on disk of the teacher: all weights, or with LoRA the adapter and the head alone.
+    bytes_total
+        Size of all weights of the model that was run, each in its own type; ``None`` where a result lacks it.
     """
 
     real: CostPair
@@ -134,6 +136,7 @@ class Cost(_Model):
     parameters_trained: int
     bytes_added: int
     bytes_teacher: int
+    bytes_total: int | None = None
 
 
 class Latency(_Model):

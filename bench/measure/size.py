@@ -18,8 +18,16 @@ def count_parameters(tensors: Iterable[Tensor]) -> int:
     tensors
         E.g. ``model.parameters()``, or those of them that are trained.
     """
-    distinct = {(tensor.data_ptr() or id(tensor), tensor.numel()) for tensor in tensors}
-    return sum(n for _, n in distinct)
+    return sum(tensor.numel() for tensor in _distinct(tensors))
+
+
+def count_bytes(tensors: Iterable[Tensor]) -> int:
+    """Count the bytes of ``tensors``, each number in its own type and those that share memory once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _distinct(tensors))
+
+
+def _distinct(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
+    return {(tensor.data_ptr() or id(tensor), tensor.numel()): tensor for tensor in tensors}.values()
 
 
 def bytes_on_disk(path: Path | str) -> int:

@@ -99,7 +99,7 @@ class Method(ABC):
         Whether the backbone's weights stay the teacher's own: every parameter of the compressed model is shared with
         the teacher or lies in an ``Overhead`` module.
     batch_invariant
-        Whether an answer is independent of the other examples in the batch and of padding.
+        Whether an answer is, but for float rounding, independent of padding and of the other examples in the batch.
     uses
         Which of the run's budget fields (``ratio``, ``steps``, ``batch_size``) the method reads; the others take
         no part in a run's identity.

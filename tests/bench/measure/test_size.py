@@ -11,7 +11,7 @@ from torch import nn
 
 from bench.backbones.model import TaskModel, share_weights
 from bench.errors import BenchError
-from bench.measure.size import bytes_on_disk, count_parameters
+from bench.measure.size import bytes_on_disk, count_bytes, count_parameters
 
 
 def test_tied_weights_count_once() -> None:
@@ -38,6 +38,12 @@ def test_trained_ones_alone() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
     model[0].requires_grad_(False)
     assert count_parameters(p for p in model.parameters() if p.requires_grad) == 14
+
+
+def test_bytes_of_weights_in_their_own_types() -> None:
+    whole = torch.zeros(10, dtype=torch.int8)
+    tied = nn.Parameter(torch.zeros(3, 4))
+    assert count_bytes([tied, tied.data, whole[:4], whole[4:], torch.zeros(2, dtype=torch.float64)]) == 48 + 10 + 16
 
 
 def test_meta_parameters_have_a_number_but_no_address() -> None:
