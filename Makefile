@@ -1,4 +1,4 @@
-# make quickstart | test | lint | figures | clean; `make help` says what each does.
+# make quickstart | test | lint | figures | docs | clean; `make help` says what each does.
 PYTHON ?= python3
 VENV ?= .venv
 
@@ -8,7 +8,7 @@ PINS := pyproject.toml constraints.txt
 # Tests are many small models: one thread each and a few processes are faster than many threads.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help quickstart test lint figures clean
+.PHONY: help quickstart test lint figures docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make test         the test suite"
 	@echo "make lint         ruff and mypy"
 	@echo "make figures      every table and figure again from results/"
+	@echo "make docs         the tables in docs/methods.md again from the code"
 	@echo "make clean        remove $(VENV), caches and build outputs; results/ stays"
 	@echo
 	@echo "PYTHON=python3.12 chooses the interpreter that makes $(VENV)."
@@ -33,6 +34,9 @@ lint: $(VENV)/.dev
 
 figures: $(VENV)/.quickstart
 	$(BIN)/python -m analysis
+
+docs: $(VENV)/.quickstart
+	$(BIN)/python -m bench.describe docs/methods.md
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from bench.backbones.catalogue import spec_of
 from bench.config import RunConfig
+from bench.methods.base import Method
 from bench.registry import methods
+from bench.tasks.catalogue import TASKS
+from bench.tasks.spec import Kind, TaskSpec
 
 
 def attributes(cls: type) -> dict[str, str]:
@@ -92,3 +98,116 @@ def keys() -> list[Key]:
     known = [Key(name, defaults, text) for (name, text), defaults in found.items()]
     # a stable sort, which keeps the order of the fields within each part
     return sorted(known, key=lambda key: ("run" not in key.defaults, len(key.defaults) == 1))
+
+
+EXAMPLES: dict[Kind, TaskSpec] = {
+    "single": TASKS["sst2"],
+    "regression": TASKS["sst2"].model_copy(update={"kind": "regression"}),
+    "qa": TASKS["squad"],
+}
+"""A task of each kind, to ask a method what it refuses."""
+
+_BACKBONES = ("bert-base-uncased", "t5-base", "flan-t5-base")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the catalogue says of a method.
+
+    Attributes
+    ----------
+    name, summary, knob, trains, saves, paper
+        As the method has them.
+    families
+        The families of backbones that it runs on.
+    limits
+        Where it does not, with its reason: ``not qa: ...``.
+    """
+
+    name: str
+    summary: str
+    families: tuple[str, ...]
+    limits: tuple[str, ...]
+    knob: str
+    trains: str
+    saves: str
+    paper: str
+
+    @classmethod
+    def of(cls, method: type[Method]) -> Entry:
+        """Ask a method what it is, and at k = 4 what it refuses."""
+        families: dict[str, None] = {}
+        refused: dict[str, list[tuple[str, Kind]]] = {}
+        for name in _BACKBONES:
+            spec = spec_of(name)
+            for kind, task in EXAMPLES.items():
+                if reason := method().skip(spec, task, 4):
+                    refused.setdefault(reason, []).append((name, kind))
+                else:
+                    families[spec.family] = None
+        return cls(
+            method.name,
+            method.summary,
+            tuple(families),
+            tuple(f"not {_where(cells)}: {reason}" for reason, cells in refused.items()),
+            method.knob,
+            method.trains,
+            method.saves,
+            method.paper,
+        )
+
+
+def _where(cells: list[tuple[str, Kind]]) -> str:
+    """Name the kinds of task and the backbones of some cells, either only if it is not every one."""
+    names, kinds = dict.fromkeys(name for name, _ in cells), dict.fromkeys(kind for _, kind in cells)
+    parts = [", ".join(kinds)] if len(kinds) < len(EXAMPLES) else []
+    parts += [", ".join(names)] if len(names) < len(_BACKBONES) else []
+    return " on ".join(parts) or "anything"
+
+
+def catalogue() -> list[Entry]:
+    """Return what there is to say of every method."""
+    return [Entry.of(cls) for cls in methods().values()]
+
+
+def methods_table() -> str:
+    """Return the catalogue as a Markdown table, and below it what each method refuses."""
+    head = ("method", "what it does", "ratio sets", "trains", "saves", "runs on", "paper")
+    entries = catalogue()
+    rows = [
+        (f"`{e.name}`", e.summary, e.knob or "–", e.trains, e.saves, ", ".join(e.families), e.paper.strip("-") or "–")
+        for e in entries
+    ]
+    limits = [f"- `{entry.name}`, {limit}" for entry in entries for limit in entry.limits]
+    return "\n".join([_markdown(head, rows), "", *limits]).strip()
+
+
+def settings_table() -> str:
+    """Return a Markdown table of the rates that each method trains at, and of what its model shares and depends on."""
+    head = ("method", "learning rates", "shares the teacher's weights, whatever its options", "an answer depends on")
+    rows = []
+    for name, cls in methods().items():
+        rates = [f"`{key}` {value}" for key, value in cls.options().items() if key == "lr" or key.endswith("_lr")]
+        depends = "its input" if cls.batch_invariant else "its batch"
+        rows.append((f"`{name}`", ", ".join(rates) or "–", "yes" if cls.frozen else "no", depends))
+    return _markdown(head, rows)
+
+
+def fill(text: str) -> str:
+    """Return a document with each table between its markers, ``<!-- methods -->`` and the like, made anew."""
+    for name, table in (("methods", methods_table()), ("settings", settings_table())):
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, marker, rest = text.partition(begin)
+        if marker:
+            text = f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    for path in map(Path, sys.argv[1:]):
+        path.write_text(fill(path.read_text("utf-8")), "utf-8")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bench.config import RECIPES, RunConfig
 from bench.errors import BenchError, suggest
@@ -35,11 +36,20 @@ def print_listing(what: str) -> None:
             source = task.source.hub or "bundled"
             table.add_row(name, task.kind, ", ".join(task.metrics), labels, str(task.max_length), source)
     elif what == "methods":
-        from bench.registry import methods
+        from bench.describe import catalogue
 
-        head("method", "what it does", "paper", "trains", "saves")
-        for name, cls in methods().items():
-            table.add_row(name, cls.summary, cls.paper, cls.trains, cls.saves)
+        # a block each: six columns of phrases would be read at no width
+        table.show_header = False
+        for column in ("method", "what", "text"):
+            table.add_column(column, no_wrap=column != "text")
+        for entry in catalogue():
+            facts = {"trains": entry.trains, "saves": entry.saves, "ratio sets": entry.knob, "paper": entry.paper}
+            facts["runs on"] = "; ".join([", ".join(entry.families), *entry.limits])
+            table.add_row(Text(entry.name, "bold"), "does", entry.summary)
+            for what, text in facts.items():
+                if text.strip("-"):
+                    table.add_row("", Text(what, "dim"), text)
+            table.add_row()
     elif what == "backbones":
         from bench.backbones.catalogue import known_backbones, spec_of
         from bench.backbones.source import EMBEDDED

@@ -25,21 +25,14 @@ from bench.backbones.catalogue import spec_of
 from bench.backbones.encoder import Overhead
 from bench.backbones.model import TaskModel, TaskOutput
 from bench.costing import TOLERANCE, check_budget, depends_on_input, measure_cost, parts_of
-from bench.describe import attributes
+from bench.describe import EXAMPLES, attributes
 from bench.errors import ConfigError, Unreachable
 from bench.measure.flops import count, count_dispatched
 from bench.methods.base import Method
 from bench.registry import METHOD_GROUP, methods
-from bench.tasks.catalogue import TASKS
-from bench.tasks.spec import Kind, TaskSpec
+from bench.tasks.spec import Kind
 from bench.testing.case import KINDS, Case, Prepared, answers, elsewhere, skip_reason
 from bench.testing.checkpoints import FAMILIES, Family
-
-_TASKS: dict[Kind, TaskSpec] = {
-    "single": TASKS["sst2"],
-    "regression": TASKS["sst2"].model_copy(update={"kind": "regression"}),
-    "qa": TASKS["squad"],
-}
 
 
 @dataclass(frozen=True)
@@ -175,7 +168,7 @@ print(json.dumps([name for name in ("torch", "transformers", "datasets", "pandas
     @pytest.mark.parametrize("backbone", ["bert-base-uncased", "minilm-l6", "t5-base", "flan-t5-base"])
     def test_it_refuses_a_cell_with_a_reason(self, chosen: type[Method], backbone: str, kind: Kind) -> None:
         """Whatever the ratio, a cell is refused in words, or has a setting with a cost, or is `Unreachable`."""
-        spec, task = spec_of(backbone), _TASKS[kind]
+        spec, task = spec_of(backbone), EXAMPLES[kind]
         for ratio in (None, 0.5, 1, 2, 2.5, 4, 7, 64, 1e6):
             reason = chosen().skip(spec, task, ratio)
             assert reason is None or (isinstance(reason, str) and reason.strip()), f"skip gives {reason!r} for {ratio}"
@@ -194,7 +187,9 @@ print(json.dumps([name for name in ("torch", "transformers", "datasets", "pandas
     def test_it_runs_on_some_backbone(self, chosen: type[Method]) -> None:
         """A method that refuses everything passes every other test by skipping it."""
         cells = [(spec_of(name), kind) for name in ("minilm-l6", "t5-base") for kind in KINDS]
-        assert any(chosen().skip(spec, _TASKS[kind], 4) is None for spec, kind in cells), "refuses every cell at k = 4"
+        assert any(chosen().skip(spec, EXAMPLES[kind], 4) is None for spec, kind in cells), (
+            "refuses every cell at k = 4"
+        )
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_it_is_called_like_the_teacher(self, case: Case, kind: Kind) -> None:

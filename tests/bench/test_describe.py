@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench import describe
 from bench.config import RunConfig, known_keys
-from bench.describe import Key, attributes, keys
+from bench.describe import Entry, Key, attributes, fill, keys
 from bench.methods.base import Method
 from bench.registry import methods
 
@@ -109,3 +110,42 @@ def test_keys_come_by_how_many_read_them(known: dict[str, Key]) -> None:
     order = list(known)
     assert order[0] == "task" and order.index("precision") < order.index("rate") < order.index("length")
     assert order.index("width/a") < order.index("width/c")
+
+
+class _Picky(_Trained):
+    name = "picky"
+
+    def skip(self, backbone: Any, task: Any, ratio: float | None) -> str | None:
+        if task.kind == "qa":
+            return "finds no answers"
+        return "a gate is in the way" if backbone.gated else None
+
+
+class _OnlyBert(_Trained):
+    name = "only_bert"
+
+    def skip(self, backbone: Any, task: Any, ratio: float | None) -> str | None:
+        return None if backbone.family == "bert" else "needs BERT"
+
+
+def test_the_catalogue_says_where_a_method_does_not_run() -> None:
+    picky, only = Entry.of(_Picky), Entry.of(_OnlyBert)
+    assert picky.families == ("bert", "t5")
+    assert picky.limits == ("not qa: finds no answers", "not single, regression on flan-t5-base: a gate is in the way")
+    assert only.families == ("bert",) and only.limits == ("not t5-base, flan-t5-base: needs BERT",)
+
+
+def test_the_tables_of_the_documents_are_those_of_the_code() -> None:
+    path = Path(__file__).parents[2] / "docs" / "methods.md"
+    assert fill(path.read_text()) == path.read_text(), "run `make docs`"
+    for name in methods():
+        assert path.read_text().count(f"| `{name}` |") == 2
+
+
+def test_a_table_goes_between_its_markers_and_nowhere_else() -> None:
+    text = "a\n<!-- settings -->\nstale text\n<!-- /settings -->\nz <!-- others -->\n"
+    once = fill(text)
+    assert once.startswith("a\n<!-- settings -->\n\n| method |") and once.endswith(
+        "|\n\n<!-- /settings -->\nz <!-- others -->\n"
+    )
+    assert "stale" not in once and fill(once) == once and fill("none") == "none"

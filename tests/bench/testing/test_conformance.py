@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -47,21 +48,77 @@ def _pytest(*arguments: str, cwd: Path) -> tuple[subprocess.CompletedProcess[str
 
 
 @pytest.mark.timeout(1200)
-def test_each_broken_promise_fails_its_own_test(install: Install, tmp_path: Path) -> None:
-    methods = every()
-    (tmp_path / "heavy.py").write_text(
-        "import torch\nfrom dataclasses import dataclass\nfrom bench.methods.dense import Dense\n\n\n"
-        "@dataclass(frozen=True)\nclass Heavy(Dense):\n    name = 'heavy'\n"
-    )
+@pytest.mark.parametrize("part", [0, 1])  # two processes share the work
+def test_each_broken_promise_fails_its_own_test(install: Install, tmp_path: Path, part: int) -> None:
+    methods = dict(list(every().items())[part::2])
+    names = {f"Test{cls.__name__}": cls.name for cls in methods.values()}
+    expected = {f"Test{cls.__name__}": set(cls.fails) for cls in methods.values()}
     places = {name: f"{cls.__module__}:{cls.__name__}" for name, cls in methods.items()}
-    install(places | {"heavy": "heavy:Heavy"})
+    if part == 0:
+        (tmp_path / "heavy.py").write_text(
+            "import torch\nfrom dataclasses import dataclass\nfrom tests.bench.testing.faulty import Faultless\n\n\n"
+            "@dataclass(frozen=True)\nclass Heavy(Faultless):\n    name = 'heavy'\n"
+        )
+        names["TestHeavy"], places["heavy"] = "heavy", "heavy:Heavy"
+        expected["TestHeavy"] = {"test_it_plans_without_torch"}
+    install(places)
     (tmp_path / "test_theirs.py").write_text(
-        "from bench.testing import MethodConformance\nfrom tests.bench.testing.faulty import every\n\n"
-        "class Base(MethodConformance):\n    families = ('bert',)\n\n"
-        "class TestHeavy(Base):\n    method = 'heavy'\n\n"
-        "for cls in every().values():\n"
-        "    name = f'Test{cls.__name__}'\n    globals()[name] = type(name, (Base,), {'method': cls.name})\n"
+        "from bench.testing import MethodConformance\n\n\n"
+        + "\n\n".join(
+            f"class {test}(MethodConformance):\n    method = '{name}'\n    families = ('bert',)\n"
+            for test, name in names.items()
+        )
     )
     done, failed = _pytest("test_theirs.py", cwd=tmp_path)
-    expected = {f"Test{cls.__name__}": set(cls.fails) for cls in methods.values()}
-    assert failed == expected | {"TestHeavy": {"test_it_plans_without_torch"}}, done.stdout[-5000:] + done.stderr
+    assert failed == expected, done.stdout[-5000:] + done.stderr
+
+
+THEIRS = '''
+from dataclasses import dataclass
+
+from bench.methods.variator import Variator
+
+
+@dataclass(frozen=True)
+class Theirs(Variator):
+    """Merges, and does not pre-train.
+
+    Attributes
+    ----------
+    pretrain_steps
+        Steps of pre-training.
+    """
+
+    name = "their_method"
+    summary = "merge without pre-training"
+
+    pretrain_steps: int = 0
+'''
+
+
+@pytest.mark.timeout(600)
+def test_a_package_of_others_is_found_and_passes_while_a_broken_one_is_named(install: Install, tmp_path: Path) -> None:
+    """Their method is tested without a file of theirs; what cannot be loaded beside it is a warning."""
+    (tmp_path / "their_module.py").write_text(THEIRS)
+    install({"their_method": "their_module:Theirs", "broken": "no_such_module:Thing"})
+    done, failed = _pytest("--pyargs", "bench.testing.test_registered::TestTheirMethod", cwd=tmp_path)
+    assert done.returncode == 0 and failed == {"TestTheirMethod": set()}, done.stdout[-5000:] + done.stderr
+    assert "method 'broken' from their-package 1.2 cannot be loaded and is left out" in done.stdout
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) > 45, "hardly any test was skipped"
+
+
+def test_a_method_that_nobody_registered_says_so(tmp_path: Path) -> None:
+    (tmp_path / "test_theirs.py").write_text(
+        "from bench.testing import MethodConformance\n\n\nclass TestMine(MethodConformance):\n    method = 'mine'\n"
+    )
+    done, failed = _pytest("-x", "test_theirs.py", cwd=tmp_path)
+    assert failed["TestMine"]
+    assert "no method 'mine' is registered in the entry-point group 'bench.methods'" in done.stdout
+
+
+def test_without_pytest_it_says_what_is_missing(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['pytest'] = None; import bench.registry; import bench.testing"
+    surroundings = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=surroundings, capture_output=True, text=True)
+    assert "bench.testing needs pytest, which bench itself does without: pip install pytest" in done.stderr
