@@ -45,12 +45,16 @@ class Tokens:
     aside
         Last state of each removed position, (B, N, d); ``None`` if none was removed.
     size
-        How many input positions a vector stands for, (B, n); ``None`` while each stands for itself. Its logarithm is
-        added to the attention's logits (Bolya et al., Token Merging, ICLR 2023, section 3).
+        How many input positions a vector stands for, (B, n), below 1 where it is partly removed; ``None`` while each
+        stands for itself. Its logarithm is added to the attention's logits (Bolya et al., Token Merging, ICLR 2023,
+        section 3).
     gate
-        Factor of each vector after the FFN, (B, n); of one layer alone.
+        Share of what a sublayer changes that each vector takes on, (B, n): at 0 it stays as it is, like one that was
+        removed. ``None`` where all take on everything.
     bias
         What the attention adds to its logits, (B or 1, heads or 1, n or 1, n); ``None`` where it adds nothing.
+    length
+        Real vectors of each example that went in, (B,); ``None`` while all N are there.
     """
 
     x: Tensor
@@ -62,10 +66,15 @@ class Tokens:
     size: Tensor | None = None
     gate: Tensor | None = None
     bias: Tensor | None = None
+    length: Tensor | None = None
 
     def replace(self, **changes: Any) -> Tokens:
         """Return a copy with other fields."""
         return dataclasses.replace(self, **changes)
+
+    def real_length(self) -> Tensor:
+        """Return how many of the N input positions are real, (B,), wherever their vectors are now."""
+        return self.mask.sum(1) if self.length is None else self.length
 
     def full_length(self) -> Tensor:
         """Return a state for each of the N input positions, (B, N, d).
@@ -109,7 +118,14 @@ class Tokens:
             size=None if self.size is None else self.size.gather(1, order),
             gate=None if self.gate is None else self.gate.gather(1, order),
             bias=None,
+            length=self.real_length(),
         )
+
+    def changed_to(self, x: Tensor) -> Tokens:
+        """Return a copy whose vectors have become ``x``, (B, n, d), as far as the gate lets them."""
+        if self.gate is not None:
+            x = self.x + self.gate.unsqueeze(-1).to(x.dtype) * (x - self.x)
+        return self.replace(x=x)
 
 
 class Seen(NamedTuple):
@@ -189,7 +205,9 @@ class Attention(nn.Module):
         self.scale, self.dropout = scale, dropout
         self.register_buffer("heads", torch.arange(n_heads, device=q.weight.device), persistent=False)
 
-    def forward(self, x: Tensor, bias: Tensor | None, probabilities: bool = False) -> tuple[Tensor, Seen | None]:
+    def forward(
+        self, x: Tensor, bias: Tensor | None, probabilities: bool = False, keys: Tensor | None = None
+    ) -> tuple[Tensor, Seen | None]:
         """Attend.
 
         Parameters
@@ -200,6 +218,8 @@ class Attention(nn.Module):
             As in `Tokens`, over the heads of the backbone.
         probabilities
             Whether `Seen` is to hold the probabilities, which a fused kernel does not give.
+        keys
+            Vectors that keys and values are made of, (B, m, d), with a bias for m of them; ``x`` by default.
 
         Returns
         -------
@@ -208,7 +228,8 @@ class Attention(nn.Module):
         """
         if not len(self.heads):
             return cast(Tensor, self.o(x.new_zeros(*x.shape[:2], 0))), None
-        q, k, v = (self._split(linear(x)) for linear in (self.q, self.k, self.v))
+        keys = x if keys is None else keys
+        q, k, v = self._split(self.q(x)), self._split(self.k(keys)), self._split(self.v(keys))
         if bias is not None:
             bias = bias if bias.shape[1] in (1, len(self.heads)) else bias[:, self.heads]
             bias = bias.to(q.dtype)
@@ -262,15 +283,14 @@ class EncoderLayer(nn.Module):
         probabilities = self.step is not None and self.step.needs_probabilities
         z, seen = self.attention(self.attention_norm(x) if self.pre_norm else x, tokens.bias, probabilities)
         x = x + self.dropout(z)
-        tokens = tokens.replace(x=x if self.pre_norm else self.attention_norm(x))
+        tokens = tokens.changed_to(x if self.pre_norm else self.attention_norm(x))
         if self.step is not None and seen is not None:
             tokens = self.step(tokens, seen)
         x = tokens.x
         u = self.ffn_norm(x) if self.pre_norm else x
         z = self.ffn(u, tokens, seen) if isinstance(self.ffn, AroundFFN) else self.ffn(u)
         x = x + self.dropout(z)
-        x = x if self.pre_norm else self.ffn_norm(x)
-        return tokens.replace(x=x if tokens.gate is None else x * tokens.gate.unsqueeze(-1).to(x.dtype), gate=None)
+        return tokens.changed_to(x if self.pre_norm else self.ffn_norm(x))
 
 
 class RelativePosition(nn.Module):

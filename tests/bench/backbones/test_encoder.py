@@ -144,6 +144,58 @@ def test_removing_twice_equals_removing_together(family: Family) -> None:
     assert twice.index is not None and twice.index[0].tolist() == [0, -1, 1, -1, 2, 3]
 
 
+class _Hold(TokenStep):
+    """Sets a gate, which holds vectors where they are."""
+
+    def __init__(self, gate: Tensor) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, state: Tokens, seen: Seen) -> Tokens:
+        return state.replace(gate=self.gate)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_gate_says_how_much_of_each_change_a_vector_takes_on(family: Family) -> None:
+    """Set behind the first attention: at 0 the vector ends as it was there, at 1 nothing is new, else it is between.
+
+    Other vectors still read a held one, so that only the FFN of the same layer is compared where the gate is partial.
+    """
+    model, inputs = write_out(task_model(family)), {"input_ids": tokens(2, 6)}
+    encoder = written_encoder(model)
+    seen: dict[str, Tensor] = {}
+    encoder.layers[1].register_forward_pre_hook(lambda _, args: seen.update(first=args[0].x))
+    encoder.layers[1].register_forward_hook(lambda _, __, out: seen.update(last=out.x))
+
+    def states(gate: Tensor) -> dict[str, Tensor]:
+        encoder.layers[0].step = _Hold(gate)
+        encode_hidden(model.model, **inputs)
+        return dict(seen)
+
+    open_, shut = states(torch.ones(2, 6)), states(torch.zeros(2, 6))
+    torch.testing.assert_close(shut["last"], shut["first"])
+    encoder.layers[0].step = None
+    encode_hidden(model.model, **inputs)
+    torch.testing.assert_close(open_["last"], seen["last"])
+    share = torch.tensor([0, 0.25, 0.5, 1, 0.1, 0.9]).repeat(2, 1)
+    part, scale = states(share), share.unsqueeze(-1)
+    torch.testing.assert_close(part["first"], (1 - scale) * shut["first"] + scale * open_["first"])
+    torch.testing.assert_close(part["last"][:, 0], shut["first"][:, 0])
+    assert not torch.allclose(part["last"][:, 1:], part["first"][:, 1:], atol=1e-3)
+
+
+def test_the_length_that_went_in_outlives_a_removal() -> None:
+    state = Tokens(torch.randn(2, 4, 3), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool())
+    assert state.real_length().tolist() == [4, 2]
+    once = state.keep(torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0]]).bool())
+    twice = once.keep(torch.tensor([[1, 0], [1, 0]]).bool())
+    assert once.real_length().tolist() == twice.real_length().tolist() == [4, 2] and twice.mask.sum(1).tolist() == [
+        1,
+        1,
+    ]
+
+
 def test_the_backbone_owns_nothing_of_a_plain_overhead() -> None:
     assert Overhead().backbone_modules() == ()
     assert wrap(tiny_model("bert"), None, None).written is None  # type: ignore[arg-type]
