@@ -22,6 +22,10 @@ LOW, HIGH = -0.1, 1.1
 UNIT_START, SUBLAYER_START = 3.0, 4.0
 """log alpha at the start: every gate is 1 in evaluation, and in training a unit is shut in 1 of 100 draws."""
 
+PENALTY_START = 100.0
+"""Multiplier of the squared gap at the start. From 0 both multipliers wind up until the gates give way all at once and
+fall far below the target; so much keeps the gates within a few hundredths of it throughout."""
+
 
 class HardConcrete(nn.Module):
     """Gates that are 0 or 1 with a probability above 0 and still have a gradient.
@@ -140,7 +144,7 @@ class Multipliers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.values = nn.Parameter(torch.zeros(2))
+        self.values = nn.Parameter(torch.tensor([0.0, PENALTY_START]))
 
     def forward(self, gap: Tensor) -> Tensor:
         """Return what is added to the loss for a quantity that is ``gap`` above its target."""

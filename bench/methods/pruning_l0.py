@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from bench.methods.hard_concrete import Gates
     from bench.tasks.data import TaskData
 
+MULTIPLIER_RATE = 0.1
+"""Learning rate of the multipliers in units of the gates'; one that is as fast overshoots and takes the gates along."""
+
 
 @dataclass(frozen=True)
 class PruningL0(TrainedMethod):
@@ -47,7 +50,7 @@ class PruningL0(TrainedMethod):
     target_warmup
         Share of these steps over which the target falls to the budget.
     gate_lr
-        Peak learning rate of the gates and of the multipliers.
+        Peak learning rate of the gates.
     """
 
     name = "pruning_l0"
@@ -61,7 +64,7 @@ class PruningL0(TrainedMethod):
     lr: Positive = 1e-4
     prune_share: Share = 0.5
     target_warmup: Share = 0.5
-    gate_lr: Positive = 0.1
+    gate_lr: Positive = 0.3
 
     def skip(self, backbone: BackboneSpec, task: TaskSpec, ratio: float | None) -> str | None:
         """Refuse a ratio that names no budget."""
@@ -165,8 +168,12 @@ class PruningL0(TrainedMethod):
 
         stages = []
         if steps:
-            scale, own = self.gate_lr / self.lr, [*gates.parameters(), *multipliers.parameters()]
-            trained = [Group(list(student.parameters())), Group(own, lr_scale=scale, weight_decay=0.0)]
+            scale = self.gate_lr / self.lr
+            trained = [
+                Group(list(student.parameters())),
+                Group(list(gates.parameters()), scale, weight_decay=0.0),
+                Group(list(multipliers.parameters()), scale * MULTIPLIER_RATE, weight_decay=0.0),
+            ]
             with gates.on(written_encoder(student)):
                 stages.append(
                     self.distill(
