@@ -197,7 +197,7 @@ class RunConfig(BaseModel):
             Where a method's further inputs lie, such as a pre-training corpus.
         """
         chosen = self.build_method()
-        unused = _BUDGET - chosen.uses
+        unused = _BUDGET - chosen.reads()
         core = {
             name: getattr(self, name)
             for name in RunConfig.model_fields

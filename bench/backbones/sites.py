@@ -1,17 +1,18 @@
-"""Where the encoder FFNs of each family sit, and how one is swapped for another module and put back.
+"""Where the encoder's FFNs and attentions of each family sit, and how one is swapped for another module and put back.
 
-One class a family. Everything that compresses works through these, so that a new family is one class here.
+One class a family and sublayer. Everything that compresses works through these, so that a new family is one class here.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from bench.backbones.encoder import Attention, Overhead, Seen
 from bench.backbones.spec import BackboneSpec
 from bench.errors import BackboneError
 
@@ -93,6 +94,145 @@ class _WrittenSite(FFNSite):
         self.layer.ffn = self.inner
 
 
+class AroundAttention(Overhead):
+    """Stands in for the self-attention of one encoder layer whenever it is active.
+
+    Parameters
+    ----------
+    inner
+        The backbone's attention.
+    """
+
+    def __init__(self, inner: Attention) -> None:
+        super().__init__()
+        self.inner = inner
+
+    @property
+    def active(self) -> bool:
+        """Whether it runs now, in the backbone's stead."""
+        raise NotImplementedError
+
+    def backbone_modules(self) -> tuple[nn.Module, ...]:
+        """Return the attention."""
+        return (self.inner,)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Seen | None]:
+        """Attend as `Attention` does; the bias need not leave padding out."""
+        raise NotImplementedError
+
+
+class AttentionSite(ABC):
+    """The self-attention of one encoder layer.
+
+    Attributes
+    ----------
+    attention
+        The frozen attention, written out.
+    """
+
+    attention: Attention
+
+    @abstractmethod
+    def install(self, module: AroundAttention) -> None:
+        """Let ``module`` stand in for the attention while it is active; while it is not, nothing changes."""
+
+    @abstractmethod
+    def restore(self) -> None:
+        """Put the attention back exactly as it was."""
+
+
+def t5_attention(own: Any) -> Attention:
+    """Return transformers' T5 self-attention, written out with the same weights."""
+    return Attention(own.q, own.k, own.v, own.o, own.n_heads, own.scaling, own.dropout).train(own.training)
+
+
+def bert_attention(sublayer: Any) -> Attention:
+    """Return transformers' BERT self-attention with its output matrix, written out with the same weights."""
+    own, heads = sublayer.self, sublayer.self.num_attention_heads
+    attention = Attention(
+        own.query, own.key, own.value, sublayer.output.dense, heads, own.scaling, own.dropout.p
+    )  # fmt: skip
+    return attention.train(own.training)
+
+
+class _T5Attention(nn.Module):
+    """Called as a T5 block calls its self-attention."""
+
+    def __init__(self, inner: Any, around: AroundAttention) -> None:
+        super().__init__()
+        self.inner, self.around = inner, around
+
+    def forward(self, hidden_states: Tensor, position_bias: Tensor | None = None, **kwargs: Any) -> Any:
+        if not self.around.active:
+            return self.inner(hidden_states, position_bias=position_bias, **kwargs)
+        if position_bias is None:
+            position_bias = self.inner.compute_bias(hidden_states.shape[1], hidden_states.shape[1])
+        # the bias as it came, for the layers above share it
+        return self.around(hidden_states, position_bias)[0], position_bias, None
+
+
+class _T5AttentionSite(AttentionSite):
+    def __init__(self, layer: Any) -> None:
+        self.sublayer = layer.layer[0]
+        self.inner = self.sublayer.SelfAttention
+        self.attention = t5_attention(self.inner)
+
+    def install(self, module: AroundAttention) -> None:
+        self.sublayer.SelfAttention = _T5Attention(self.inner, module)
+
+    def restore(self) -> None:
+        self.sublayer.SelfAttention = self.inner
+
+
+class _BertAttention(nn.Module):
+    """Called as a BERT layer calls its attention sublayer, residual addition and norm included."""
+
+    def __init__(self, inner: Any, around: AroundAttention) -> None:
+        super().__init__()
+        self.inner, self.around = inner, around
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.around.active:
+            return self.inner(hidden_states, *args, **kwargs)
+        out = self.inner.output
+        z, _ = self.around(hidden_states, None)
+        return out.LayerNorm(out.dropout(z) + hidden_states), None
+
+
+class _BertAttentionSite(AttentionSite):
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.inner = layer, layer.attention
+        self.attention = bert_attention(self.inner)
+
+    def install(self, module: AroundAttention) -> None:
+        self.layer.attention = _BertAttention(self.inner, module)
+
+    def restore(self) -> None:
+        self.layer.attention = self.inner
+
+
+class _WrittenAttention(nn.Module):
+    """Called as a written-out layer calls its attention."""
+
+    def __init__(self, inner: Attention, around: AroundAttention) -> None:
+        super().__init__()
+        self.inner, self.around = inner, around
+
+    def forward(self, x: Tensor, bias: Tensor | None, probabilities: bool = False) -> Any:
+        return self.around(x, bias) if self.around.active else self.inner(x, bias, probabilities)
+
+
+class _WrittenAttentionSite(AttentionSite):
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.attention = layer, layer.attention
+
+    def install(self, module: AroundAttention) -> None:
+        self.layer.attention = _WrittenAttention(self.attention, module)
+
+    def restore(self) -> None:
+        self.layer.attention = self.attention
+
+
 class EncoderView:
     """The encoder inside a model of a supported family.
 
@@ -122,11 +262,15 @@ class EncoderView:
         found = next((v for m in model.modules() if (v := _view(m)) is not None), None)
         if found is None:
             raise BackboneError(f"{type(model).__name__} holds no encoder of a supported family (bert, t5)")
-        self.family, self.masked, self.modules, self.layers, self._site = found
+        self.family, self.masked, self.modules, self.layers, self._site, self._attention_site = found
 
     def sites(self) -> list[FFNSite]:
         """Return the FFN of every encoder layer, bottom first."""
         return [self._site(layer) for layer in self.layers]
+
+    def attention_sites(self) -> list[AttentionSite]:
+        """Return the self-attention of every encoder layer, bottom first."""
+        return [self._attention_site(layer) for layer in self.layers]
 
     @property
     def spec(self) -> BackboneSpec:
@@ -141,7 +285,13 @@ class EncoderView:
         return int(config.hidden_size)
 
 
-_View = tuple[str, nn.Module, list[nn.Module], list[nn.Module], Callable[[nn.Module], FFNSite]]
+class _View(NamedTuple):
+    family: str
+    masked: nn.Module
+    modules: list[nn.Module]
+    layers: list[nn.Module]
+    site: Callable[[nn.Module], FFNSite]
+    attention_site: Callable[[nn.Module], AttentionSite]
 
 
 def _view(module: Any) -> _View | None:
@@ -150,12 +300,12 @@ def _view(module: Any) -> _View | None:
     if kind == "BertModel":
         parts, written = [module.embeddings, module.encoder], getattr(module.encoder, "written", None)
         if written is not None:
-            return "bert", module, parts, list(written.layers), _WrittenSite
-        return "bert", module, parts, list(module.encoder.layer), _BertSite
+            return _View("bert", module, parts, list(written.layers), _WrittenSite, _WrittenAttentionSite)
+        return _View("bert", module, parts, list(module.encoder.layer), _BertSite, _BertAttentionSite)
     if kind == "T5EncoderStack":
-        return "t5", module, [module], list(module.written.layers), _WrittenSite
+        return _View("t5", module, [module], list(module.written.layers), _WrittenSite, _WrittenAttentionSite)
     if kind == "T5Stack" and not module.is_decoder:
-        return "t5", module, [module], list(module.block), _T5Site
+        return _View("t5", module, [module], list(module.block), _T5Site, _T5AttentionSite)
     return None
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 
-from bench.backbones.encoder import Attention, Encoder, EncoderLayer, RelativePosition
+from bench.backbones.encoder import Encoder, EncoderLayer, RelativePosition
 from bench.backbones.model import share_weights
-from bench.backbones.sites import BertFFN
+from bench.backbones.sites import BertFFN, bert_attention, t5_attention
 from bench.errors import BackboneError
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -101,10 +101,7 @@ def written_encoder(model: nn.Module) -> Encoder:
 def _write_out_bert(bert: Any) -> None:
     layers = []
     for layer in bert.encoder.layer:
-        own, out = layer.attention.self, layer.attention.output
-        attention = Attention(
-            own.query, own.key, own.value, out.dense, own.num_attention_heads, own.scaling, own.dropout.p
-        )
+        out, attention = layer.attention.output, bert_attention(layer.attention)
         ffn = BertFFN(layer.intermediate, layer.output.dense)
         layers.append(EncoderLayer(attention, out.LayerNorm, ffn, layer.output.LayerNorm, False, out.dropout.p))
     bert.encoder = BertEncoderStack(Encoder(layers)).train(bert.training)
@@ -115,8 +112,7 @@ def _write_out_bert(bert: Any) -> None:
 def _write_out_t5(model: Any) -> None:
     stack, layers = model.encoder, []
     for block in stack.block:
-        own = block.layer[0].SelfAttention
-        attention = Attention(own.q, own.k, own.v, own.o, own.n_heads, own.scaling, own.dropout)
+        attention = t5_attention(block.layer[0].SelfAttention)
         ffn = block.layer[1]
         layers.append(
             EncoderLayer(attention, block.layer[0].layer_norm, ffn.DenseReluDense, ffn.layer_norm, True, ffn.dropout.p)

@@ -16,6 +16,9 @@ from bench.results import Flops
 
 BYTES_PER_PARAMETER = {"float32": 4, "float16": 2, "bfloat16": 2}
 
+Compression = Literal["attention", "mean", "conv"]
+Decompression = Literal["adapter", "copy"]
+
 
 @dataclass(frozen=True)
 class PluginShape:
@@ -30,27 +33,40 @@ class PluginShape:
     form
         ``"split"`` runs the adapter's y half on the short sequence, as ``bench.plugins.layers`` does; ``"concat"``
         runs it on every position, as the released code does. The results are the same, the cost is not.
+    compression, decompression
+        How vectors are merged and expanded; see ``bench.plugins.layers``.
+    attention_k
+        How many vectors are merged into one before the attention's keys and values are made of them; ``None`` where
+        each vector has its own.
     """
 
     k: int
     bottleneck: int = 64
     form: Literal["split", "concat"] = "split"
+    compression: Compression = "attention"
+    decompression: Decompression = "adapter"
+    attention_k: int | None = None
 
     def __post_init__(self) -> None:
-        if self.k < 2:
-            raise ValueError(f"k must be at least 2, got {self.k}")
+        for name, k in (("k", self.k), ("attention_k", self.attention_k)):
+            if k is not None and k < 2:
+                raise ValueError(f"{name} must be at least 2, got {k}")
 
 
 def encoder(spec: BackboneSpec, n: int, batch: int = 1, plugin: PluginShape | None = None) -> Flops:
     """FLOPs of the encoder on ``batch`` sequences of ``n`` tokens, dense or with a plugin around every FFN.
 
-    With a plugin the FFN runs on ceil(n/k) rows, and the plugin's own work is the ``overhead``.
+    With a plugin the FFN runs on ceil(n/k) rows, the attention's keys and values on ceil(n/attention_k) where they are
+    merged too, and the plugin's own work is the ``overhead``.
     """
-    groups, overhead = n, 0
+    rows, keys, own = n, n, 0
     if plugin is not None:
-        groups = -(-n // plugin.k)
-        overhead = spec.encoder_layers * _pair(spec.d_model, groups, plugin)
-    layer = _attention(spec, n, n) + groups * _ffn_weights(spec)
+        rows = -(-n // plugin.k)
+        own = _merge(spec.d_model, rows, plugin.k, plugin.compression) + _expand(spec.d_model, rows, plugin)
+        if plugin.attention_k is not None:
+            keys = -(-n // plugin.attention_k)
+            own += _merge(spec.d_model, keys, plugin.attention_k, plugin.compression)
+    layer, overhead = layer_macs(spec, n, keys, rows), spec.encoder_layers * own
     return Flops(encoder=2 * batch * (spec.encoder_layers * layer + overhead), overhead=2 * batch * overhead)
 
 
@@ -107,7 +123,11 @@ def remaining(
     bottleneck, form
         See ``PluginShape``.
     """
-    plugin = PluginShape(k, bottleneck, form)
+    return remaining_with(spec, PluginShape(k, bottleneck, form), lengths)
+
+
+def remaining_with(spec: BackboneSpec, plugin: PluginShape, lengths: Mapping[int, int]) -> float:
+    """Share of the encoder's FLOPs that remains with a plugin of any shape; ``lengths`` as for `remaining`."""
     compressed = accumulate((encoder(spec, n, plugin=plugin), times) for n, times in lengths.items())
     dense = accumulate((encoder(spec, n), times) for n, times in lengths.items())
     return compressed.encoder / dense.encoder
@@ -148,11 +168,11 @@ def backbone_parameters(spec: BackboneSpec, labels: int | None = None) -> int:
     return _t5_parameters(spec) if spec.family == "t5" else _bert_parameters(spec, labels)
 
 
-def plugin_parameters(d_model: int, layers: int, k: int, bottleneck: int = 64) -> int:
+def plugin_parameters(d_model: int, layers: int, plugin: PluginShape) -> int:
     """Parameters of a plugin; the form makes no difference."""
-    score = k * d_model * k + k
-    adapter = 2 * d_model * bottleneck + bottleneck + bottleneck * d_model + d_model
-    return layers * (score + adapter)
+    merging = sum(_merge_parameters(d_model, k, plugin) for k in (plugin.k, plugin.attention_k) if k is not None)
+    adapter = 2 * d_model * plugin.bottleneck + plugin.bottleneck + plugin.bottleneck * d_model + d_model
+    return layers * (merging + (adapter if plugin.decompression == "adapter" else 0))
 
 
 def weight_bytes(parameters: int, dtype: str = "float32") -> int:
@@ -171,12 +191,21 @@ def _ffn_weights(spec: BackboneSpec) -> int:
     return (3 if spec.gated else 2) * spec.d_model * spec.d_ff
 
 
-def _pair(d: int, groups: int, plugin: PluginShape) -> int:
-    """MACs of one compression pair on sequences padded to a multiple of k."""
+def _merge(d: int, groups: int, k: int, compression: Compression) -> int:
+    """MACs of merging vectors, on sequences padded to a multiple of k."""
+    n = groups * k
+    return {"attention": n * k * d + n * d, "mean": 0, "conv": n * d}[compression]
+
+
+def _merge_parameters(d: int, k: int, plugin: PluginShape) -> int:
+    return {"attention": k * d * k + k, "mean": 0, "conv": k * d}[plugin.compression]
+
+
+def _expand(d: int, groups: int, plugin: PluginShape) -> int:
+    """MACs of expanding the FFN's output to sequences padded to a multiple of k."""
     n = groups * plugin.k
-    score, mix = n * plugin.k * d, n * d
     y_rows = groups if plugin.form == "split" else n
-    return score + mix + (y_rows + 2 * n) * d * plugin.bottleneck
+    return (y_rows + 2 * n) * d * plugin.bottleneck if plugin.decompression == "adapter" else 0
 
 
 def _t5_parameters(spec: BackboneSpec) -> int:

@@ -116,6 +116,10 @@ class Method(ABC):
     batch_invariant: ClassVar[bool] = True
     uses: ClassVar[frozenset[str]] = frozenset({"ratio", "steps", "batch_size"})
 
+    def reads(self) -> frozenset[str]:
+        """Return which of ``uses`` are read with these settings; the others take no part in this run's identity."""
+        return self.uses
+
     def skip(self, backbone: BackboneSpec, task: TaskSpec, ratio: float | None) -> str | None:
         """Return the reason why this cell cannot be run, or ``None``."""
         return None

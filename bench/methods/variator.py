@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from bench.backbones.spec import BackboneSpec
-from bench.measure.closed_form import PluginShape, plugin_parameters, remaining
+from bench.measure.closed_form import (
+    Compression,
+    Decompression,
+    PluginShape,
+    plugin_parameters,
+    remaining,
+    remaining_with,
+)
 from bench.methods.base import Count, Method, NonNegative, Positive, PositiveCount, Setting, Share, Work
 from bench.tasks.spec import TaskSpec
 from bench.training.mix import HIDDEN_PARTS, parse_mix
@@ -27,7 +34,9 @@ if TYPE_CHECKING:
 FIT_TOKENS = 20_000
 """Tokens of the closed-form fit."""
 
-_ADAPTATION_ONLY = {"lr", "decay", "losses", "temperature"}
+_ADAPTATION = frozenset({"lr", "decay", "losses", "temperature"})
+_TRAINING = frozenset({"warmup", "weight_decay", "clip"})
+"""Options of the adaptation alone, and of both trainings."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,15 @@ class Variator(Method):
 
     Attributes
     ----------
+    compression
+        How vectors are merged: ``attention`` weighs them by learned scores; ``mean`` is their mean; ``conv`` has a
+        learned weight for each place and channel.
+    decompression
+        How each position gets a vector of its own again: ``adapter`` corrects the merged one, ``copy`` takes it as it
+        is.
+    attention_k
+        How many vectors are merged into one, in the same way, before keys and values are made of them, which the paper
+        does not do; 1 leaves it out.
     bottleneck
         Width of the decompression adapter.
     mask_padding
@@ -54,6 +72,8 @@ class Variator(Method):
         Peak learning rate of pre-training, which then falls linearly.
     pretrain_losses
         Mix of the loss parts of pre-training, as for ``losses``.
+    adapt
+        Whether the plugin is trained on the task; without, it stays as pre-training, or the start, leaves it.
     lr
         Peak learning rate on the task.
     decay
@@ -79,6 +99,9 @@ class Variator(Method):
     knob = "k, the vectors that are merged into one"
     frozen = True
 
+    compression: Compression = "attention"
+    decompression: Decompression = "adapter"
+    attention_k: PositiveCount = 1
     bottleneck: PositiveCount = 64
     mask_padding: bool = True
     init: Literal["fit", "released"] = "fit"
@@ -88,6 +111,7 @@ class Variator(Method):
     pretrain_length: Annotated[int, Field(ge=8)] = 128
     pretrain_lr: Positive = 1e-3
     pretrain_losses: str = "all_hidden=1"
+    adapt: bool = True
     lr: Positive = 1e-3
     decay: Literal["linear", "cosine", "constant"] = "linear"
     warmup: Share = 0.05
@@ -106,31 +130,73 @@ class Variator(Method):
             return f"the ratio of variator is k, a whole number of at least 2; got {ratio}"
         return None
 
-    def setting(self, backbone: BackboneSpec, ratio: float | None, lengths: Mapping[int, int]) -> Setting:
-        """Return k and what it costs."""
-        k = int(ratio or 0)
-        standard = PluginShape(k).bottleneck
-        other = f"the ratio's budget is that of a bottleneck of {standard}; this one has {self.bottleneck}"
-        return Setting(
-            {"k": k},
-            remaining(backbone, k, lengths, self.bottleneck),
-            plugin_parameters(backbone.d_model, backbone.encoder_layers, k, self.bottleneck),
-            note="" if self.bottleneck == standard else other,
+    @property
+    def learns(self) -> bool:
+        """Whether the plugin has a parameter."""
+        return self.compression != "mean" or self.decompression != "copy"
+
+    def shape(self, k: int) -> PluginShape:
+        """Return the shape of the plugin at ``k``."""
+        return PluginShape(
+            k,
+            self.bottleneck,
+            compression=self.compression,
+            decompression=self.decompression,
+            attention_k=self.attention_k if self.attention_k > 1 else None,
         )
+
+    def setting(self, backbone: BackboneSpec, ratio: float | None, lengths: Mapping[int, int]) -> Setting:
+        """Return k and what it costs; a twin of the standard plugin has k in common with it, and not the cost."""
+        k = int(ratio or 0)
+        shape, standard = self.shape(k), PluginShape(k)
+        share, budget = remaining_with(backbone, shape, lengths), remaining(backbone, k, lengths)
+        differs = [f"compression by {shape.compression}"] if shape.compression != standard.compression else []
+        if shape.decompression != standard.decompression:
+            differs.append(f"decompression by {shape.decompression}")
+        elif shape.bottleneck != standard.bottleneck:
+            differs.append(f"a bottleneck of {shape.bottleneck}")
+        if shape.attention_k is not None:
+            differs.append(f"keys and values of {shape.attention_k} vectors each")
+        note = f"{share:.1%} remain with {', '.join(differs)}, where the standard plugin at k = {k} leaves {budget:.1%}"
+        knob = {"k": k} if shape.attention_k is None else {"k": k, "attention_k": shape.attention_k}
+        added = plugin_parameters(backbone.d_model, backbone.encoder_layers, shape)
+        return Setting(knob, share, added, note=note if differs else "")
 
     def work(self, steps: int, batch_size: int) -> list[Work]:
         """Return pre-training and adaptation."""
+        if not self.learns:
+            return []
         pretrain = Work("pretrain", self.pretrain_steps, self.pretrain_batch_size, self.pretrain_length, shared=True)
-        return [w for w in (pretrain, Work("adapt", steps, batch_size)) if w.steps]
+        return [w for w in (pretrain, Work("adapt", steps if self.adapt else 0, batch_size)) if w.steps]
+
+    def reads(self) -> frozenset[str]:
+        """Leave out the budget of a training that is left out."""
+        if self.learns and self.adapt:
+            return self.uses
+        # the fit is on batches of the task where nothing was pre-trained
+        fitted = self.decompression == "adapter" and self.init == "fit" and not self.pretrain_steps
+        return frozenset({"ratio", "batch_size"} if fitted else {"ratio"})
 
     def identity(self, data_root: Path | None) -> dict[str, Any]:
-        """Leave out the settings of a step that is left out; name the corpus by its content."""
+        """Leave out the settings of what is left out; name the corpus by its content."""
         fields = dataclasses.asdict(self)
-        if not self.pretrain_steps:
-            return {name: value for name, value in fields.items() if not name.startswith("pretrain_")}
-        from bench.tasks.corpus import corpus_revision
+        # newer options are named only where they say something, so that runs which are older keep their names
+        newer = {"compression": "attention", "decompression": "adapter", "attention_k": 1, "adapt": True}
+        unread = {name for name, default in newer.items() if fields[name] == default}
+        if self.decompression == "copy":
+            unread |= {"bottleneck"} if self.compression == "attention" else {"bottleneck", "init"}
+        if not self.learns:
+            unread |= {"init", "adapt"} | _ADAPTATION | _TRAINING
+        elif not self.adapt:
+            unread |= _ADAPTATION if self.pretrain_steps else _ADAPTATION | _TRAINING
+        if not (self.learns and self.pretrain_steps):
+            unread |= {name for name in fields if name.startswith("pretrain_")}
+        identity = {name: value for name, value in fields.items() if name not in unread}
+        if "pretrain_corpus" in identity:
+            from bench.tasks.corpus import corpus_revision
 
-        return fields | {"pretrain_corpus": corpus_revision(self.pretrain_corpus, data_root)}
+            identity["pretrain_corpus"] = corpus_revision(self.pretrain_corpus, data_root)
+        return identity
 
     def compress(self, teacher: Teacher, data: TaskData, ctx: RunContext) -> TaskModel:
         """Pre-train and adapt a plugin, and attach it to a copy that shares the teacher's weights."""
@@ -160,13 +226,13 @@ class Variator(Method):
             ctx.features["train"], config.batch_size, ctx.tokenizer.pad_token_id, config.seed, ctx.device
         )
         stages = []
-        if self.pretrain_steps:
+        if self.learns and self.pretrain_steps:
             pretrained = self._pretrained(ctx)
             stages += [stage | {"cached": pretrained.cached} for stage in pretrained.meta["stages"]]
             plugin = Plugin.from_pretrained(pretrained.folder).to(ctx.device)
         else:
             plugin = self._start(model, batches, ctx)
-        if config.steps:
+        if self.learns and self.adapt and config.steps:
             stages.append(
                 self._distill("adapt", plugin, model, batches, self.losses, self.lr, config.steps, ctx, checkpoint)
                 | {"artifact": ctx.cache.key("plugin", ctx.identity)}
@@ -176,7 +242,9 @@ class Variator(Method):
 
     def _pretrained(self, ctx: RunContext) -> Artifact:
         """Return the task-agnostic plugin, pre-training it if no run has yet."""
-        own = {name: value for name, value in self.identity(ctx.data_root).items() if name not in _ADAPTATION_ONLY}
+        own = {
+            name: value for name, value in self.identity(ctx.data_root).items() if name not in _ADAPTATION | {"adapt"}
+        }
         identity = {
             "method": f"{self.name}@{self.version}",
             "model": ctx.revisions["model"],
@@ -239,14 +307,18 @@ class Variator(Method):
         from bench.training.stage import model_inputs
 
         torch.manual_seed(ctx.config.seed)
+        shape = self.shape(int(ctx.config.ratio or 0))
         plugin = Plugin.for_model(
             model,
-            int(ctx.config.ratio or 0),
-            bottleneck=self.bottleneck,
+            shape.k,
+            bottleneck=shape.bottleneck,
             mask_padding=self.mask_padding,
+            compression=shape.compression,
+            decompression=shape.decompression,
+            attention_k=shape.attention_k,
             backbone=ctx.spec.name,
         ).to(ctx.device)
-        if self.init == "fit":
+        if self.learns and self.init == "fit":
             needed = max(1, round(FIT_TOKENS / (batches.mean_length * batches.batch_size)))
             ctx.progress.stage("fit", ctx.spec.encoder_layers)
             fit_least_squares(

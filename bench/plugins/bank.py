@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.backbones.encoder import Overhead
-from bench.backbones.sites import EncoderView, FFNSite
+from bench.backbones.encoder import Attention, Overhead, Seen
+from bench.backbones.sites import AroundAttention, EncoderView
 from bench.errors import PluginError
 from bench.plugins.layers import CompressionPair
 from bench.plugins.plugin import Plugin
@@ -23,6 +23,15 @@ class Selection:
     def __init__(self) -> None:
         self.k = 1
         self.mask: Tensor | None = None
+        self._bias: tuple[Tensor, Tensor] | None = None
+
+    def merged_bias(self, bias: Tensor | None, real: Tensor) -> Tensor:
+        """Return `merged_bias`, made once a batch where all layers share one bias."""
+        if bias is None:
+            return merged_bias(bias, real)
+        if self._bias is None or self._bias[0] is not bias:
+            self._bias = bias, merged_bias(bias, real)
+        return self._bias[1]
 
     def capture_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the attention mask that the encoder is called with (forward pre-hook)."""
@@ -30,8 +39,8 @@ class Selection:
         self.mask = None if mask is None else mask.bool()
 
     def release_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Forget the mask after the encoder has run (forward hook)."""
-        self.mask = None
+        """Forget the batch after the encoder has run (forward hook)."""
+        self.mask = self._bias = None
 
 
 class CompressedFFN(Overhead):
@@ -60,15 +69,10 @@ class CompressedFFN(Overhead):
         k = self.selection.k
         if k == 1:
             return self._dense(u)
-        pair, mask = self.pair(k), self.selection.mask
-        n = u.shape[1]
-        short = -n % k
-        if short:
-            u = F.pad(u, (0, 0, 0, short))
-            mask = torch.ones(u.shape[0], n, dtype=torch.bool, device=u.device) if mask is None else mask
-            mask = F.pad(mask, (0, short))
-        z = pair.decompress(self._dense(pair.compress(u, mask)), u)
-        return z[:, :n] if short else z
+        pair = self.pair(k)
+        whole, mask = whole_groups(u, self.selection.mask, k)
+        z: Tensor = pair.decompress(self._dense(pair.compress(whole, mask)), whole)
+        return z[:, : u.shape[1]]
 
     def pair(self, k: int) -> CompressionPair:
         """Return the compression pair of this layer at ``k``."""
@@ -76,6 +80,71 @@ class CompressedFFN(Overhead):
 
     def _dense(self, rows: Tensor) -> Tensor:
         return cast(Tensor, self.inner(rows))
+
+
+class MergedAttention(AroundAttention):
+    """Stands in for one encoder self-attention: its keys and values are made of merged vectors.
+
+    There are as many queries as before. A merged vector stands for all of its m tokens: log m is added to the logits of
+    its key, so that m tokens which are alike get the attention that they got apart. T5's position bias of a merged key
+    is the mean over its tokens. Not in the paper.
+
+    Parameters
+    ----------
+    inner
+        The frozen attention.
+    pairs
+        By k, as text, what merges the vectors of this layer, for the plugins that merge them here; nothing is expanded.
+    selection
+        Shared by all layers.
+    """
+
+    def __init__(self, inner: Attention, pairs: nn.ModuleDict, selection: Selection) -> None:
+        super().__init__(inner)
+        self.pairs, self.selection = pairs, selection
+
+    @property
+    def active(self) -> bool:
+        """Whether the selected plugin merges keys and values."""
+        return str(self.selection.k) in self.pairs
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Seen | None]:
+        """Attend from n queries to ceil(n/k) keys."""
+        pair = cast(CompressionPair, self.pairs[str(self.selection.k)])
+        whole, mask = whole_groups(x, self.selection.mask, pair.k)
+        real = whole.new_ones(whole.shape[:2], dtype=torch.bool) if mask is None else mask
+        bias = self.selection.merged_bias(bias, real.unflatten(1, (-1, pair.k)))
+        attended: tuple[Tensor, Seen | None] = self.inner(x, bias, keys=pair.compress(whole, mask))
+        return attended
+
+
+def whole_groups(u: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor | None]:
+    """Pad vectors (batch, n, d) and mask (batch, n) with zeros to a multiple of k."""
+    short = -u.shape[1] % k
+    if not short:
+        return u, mask
+    mask = u.new_ones(u.shape[:2], dtype=torch.bool) if mask is None else mask
+    return F.pad(u, (0, 0, 0, short)), F.pad(mask, (0, short))
+
+
+def merged_bias(bias: Tensor | None, real: Tensor) -> Tensor:
+    """Return what is added to the logits of merged keys, (batch, heads or 1, n or 1, groups).
+
+    Parameters
+    ----------
+    bias
+        What is added to those of the vectors themselves, (batch or 1, heads or 1, n or 1, n), or ``None``.
+    real
+        True at tokens, (batch, groups, k).
+    """
+    size = real.sum(-1)
+    added = size.log().masked_fill(size == 0, torch.finfo().min)[:, None, None]
+    if bias is None:
+        return added
+    share = (real / size.clamp_min(1).unsqueeze(-1))[:, None, None]
+    groups, k = real.shape[1:]
+    whole: Tensor = F.pad(bias, (0, groups * k - bias.shape[-1])).unflatten(-1, (groups, k))
+    return (whole * share).sum(-1) + added
 
 
 class PluginBank:
@@ -126,7 +195,7 @@ class PluginBank:
         self._selection.k = k
 
     def attach(self, model: nn.Module) -> list[Any]:
-        """Put the bank around every encoder FFN of ``model`` for good; the dense path is selected.
+        """Put the bank around every encoder layer of ``model`` for good; the dense path is selected.
 
         Returns
         -------
@@ -149,12 +218,17 @@ class PluginBank:
         for index, site in enumerate(sites):
             pairs = nn.ModuleDict({str(k): plugin.pairs[index] for k, plugin in self.plugins.items()})
             site.install(CompressedFFN(site.inner, pairs, selection))
+        merging = {str(k): plugin.attention for k, plugin in self.plugins.items() if plugin.attention is not None}
+        attention_sites = view.attention_sites() if merging else []
+        for index, attention_site in enumerate(attention_sites):
+            pairs = nn.ModuleDict({k: attention[index] for k, attention in merging.items()})
+            attention_site.install(MergedAttention(attention_site.attention, pairs, selection))
         handles = [
             view.masked.register_forward_pre_hook(selection.capture_mask, with_kwargs=True),
             view.masked.register_forward_hook(selection.release_mask, with_kwargs=True, always_call=True),
         ]
         self._selection = selection
-        return [sites, handles]
+        return [[*sites, *attention_sites], handles]
 
     def detach(self, attachment: list[Any]) -> None:
         """Undo ``attach``: the model is bit-identical to what it was.
@@ -167,7 +241,6 @@ class PluginBank:
         if self._selection is None:
             raise PluginError("the bank is attached to no model, so there is nothing to detach")
         sites, handles = attachment
-        site: FFNSite
         for site in sites:
             site.restore()
         for handle in handles:

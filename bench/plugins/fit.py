@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ def fit_least_squares(
     batches: Iterable[Mapping[str, Tensor]],
     on_layer: Callable[[], None] = lambda: None,
 ) -> None:
-    """Set ``plugin`` to mean pooling and the best linear adapter, bottom layer first.
+    """Set ``plugin`` to mean pooling and the best linear adapter if it has one, bottom layer first.
 
     Each layer is fitted on what the layers below it give when they are compressed.
 
@@ -57,6 +57,8 @@ def fit_least_squares(
     bank.attach(student)
     bank.select(plugin.config.k)
     student.eval()
+    for pair in plugin.attention or ():
+        cast(CompressionPair, pair).reset_to_mean()
     for layer in [m for m in student.modules() if isinstance(m, CompressedFFN)]:
         _fit_pair(layer, layer.pair(plugin.config.k), student, inputs)
         on_layer()
@@ -66,7 +68,10 @@ def _fit_pair(
     layer: CompressedFFN, pair: CompressionPair, student: nn.Module, inputs: list[Mapping[str, Tensor]]
 ) -> None:
     # units beyond the rank keep random weights on their way in and have none on their way out: they can still learn
-    for parameter in (*pair.score.parameters(), *pair.w2.parameters()):
+    pair.reset_to_mean()
+    if pair.decompression == "copy":
+        return
+    for parameter in pair.w2.parameters():
         nn.init.zeros_(parameter)
     d, rank = pair.d_model, min(pair.w2.in_features, pair.d_model)
     device = pair.w2.weight.device

@@ -1,4 +1,4 @@
-"""A plugin: the compression pairs of all encoder layers at one k, and nothing else."""
+"""A plugin: what compresses the encoder layers at one k, and nothing else."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import nn
 from bench import __version__
 from bench.backbones.sites import EncoderView
 from bench.errors import PluginError
+from bench.measure.closed_form import Compression, Decompression
 from bench.plugins.layers import CompressionPair
 
 CONFIG_FILE, WEIGHTS_FILE = "plugin_config.json", "plugin.safetensors"
@@ -35,6 +36,11 @@ class PluginConfig(BaseModel):
         Width of the decompression adapter.
     mask_padding
         Whether padding is left out of scores, softmax and mean.
+    compression, decompression
+        How vectors are merged and expanded; see `CompressionPair`.
+    attention_k
+        How many vectors are merged into one, as ``compression`` says, before keys and values are made of them; ``None``
+        where each vector has its own.
     backbone
         Name of the backbone, for people.
     bench_version
@@ -52,6 +58,9 @@ class PluginConfig(BaseModel):
     vocab_size: int | None = None
     bottleneck: int = Field(default=64, ge=1)
     mask_padding: bool = True
+    compression: Compression = "attention"
+    decompression: Decompression = "adapter"
+    attention_k: int | None = Field(default=None, ge=2)
     backbone: str = ""
     bench_version: str = __version__
 
@@ -64,6 +73,13 @@ class Plugin(nn.Module):
     config
         Shape of the plugin and of the backbone that it fits.
 
+    Attributes
+    ----------
+    pairs
+        What merges and expands around the FFN, a layer each.
+    attention
+        What merges before keys and values, a layer each; ``None`` without ``attention_k``.
+
     Examples
     --------
     >>> plugin = Plugin.from_pretrained("plugins/sst2-k4")   # doctest: +SKIP
@@ -75,13 +91,36 @@ class Plugin(nn.Module):
         super().__init__()
         self.config = config
         self.pairs = nn.ModuleList(
-            CompressionPair(config.d_model, config.k, config.bottleneck, config.mask_padding)
+            CompressionPair(
+                config.d_model,
+                config.k,
+                config.bottleneck,
+                config.mask_padding,
+                config.compression,
+                config.decompression,
+            )
             for _ in range(config.n_layers)
         )
+        self.attention: nn.ModuleList | None = None
+        if (k := config.attention_k) is not None:
+            # there are as many queries as before, so that nothing is to be expanded
+            self.attention = nn.ModuleList(
+                CompressionPair(config.d_model, k, 1, config.mask_padding, config.compression, "copy")
+                for _ in range(config.n_layers)
+            )
 
     @classmethod
     def for_model(
-        cls, model: nn.Module, k: int, *, bottleneck: int = 64, mask_padding: bool = True, backbone: str = ""
+        cls,
+        model: nn.Module,
+        k: int,
+        *,
+        bottleneck: int = 64,
+        mask_padding: bool = True,
+        compression: Compression = "attention",
+        decompression: Decompression = "adapter",
+        attention_k: int | None = None,
+        backbone: str = "",
     ) -> Plugin:
         """Make a new plugin that fits ``model``, initialised as the released code does."""
         view = EncoderView(model)
@@ -96,6 +135,9 @@ class Plugin(nn.Module):
                 vocab_size=view.spec.vocab_size,
                 bottleneck=bottleneck,
                 mask_padding=mask_padding,
+                compression=compression,
+                decompression=decompression,
+                attention_k=attention_k,
                 backbone=backbone,
             )
         )
@@ -117,8 +159,8 @@ class Plugin(nn.Module):
                 f"the plugin does not fit this model: it was made for {config.backbone or 'a backbone'} with "
                 f"{', '.join(wrong)}"
             )
-        own, theirs = next(self.parameters()), next(p for p in view.masked.parameters() if p.is_floating_point())
-        if (own.dtype, own.device.type) != (theirs.dtype, theirs.device.type):
+        own, theirs = next(self.parameters(), None), next(p for p in view.masked.parameters() if p.is_floating_point())
+        if own is not None and (own.dtype, own.device.type) != (theirs.dtype, theirs.device.type):
             raise PluginError(
                 f"the plugin is {own.dtype} on {own.device.type}, the model {theirs.dtype} on {theirs.device.type}; "
                 f"bring it there: plugin.to({theirs.dtype}).to('{theirs.device.type}')"

@@ -41,6 +41,9 @@ OTHER: dict[str, Any] = {
     "precision": "fp32",
 }
 OTHER_OPTIONS: dict[str, Any] = {
+    "compression": "conv",
+    "decompression": "copy",
+    "attention_k": 4,
     "bottleneck": 32,
     "mask_padding": False,
     "init": "released",
@@ -50,6 +53,7 @@ OTHER_OPTIONS: dict[str, Any] = {
     "pretrain_length": 64,
     "pretrain_lr": 5e-4,
     "pretrain_losses": "last_hidden=1",
+    "adapt": False,
     "lr": 2e-3,
     "decay": "cosine",
     "warmup": 0.3,

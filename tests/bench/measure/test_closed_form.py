@@ -63,9 +63,9 @@ def test_whole_model_saving_with_a_short_decoder() -> None:
 
 
 def test_plugin_parameters_are_the_published_ones() -> None:
-    assert [cf.plugin_parameters(768, 12, k) for k in (2, 4, 8)] == [1_816_344, 1_926_960, 2_369_376]
+    assert [cf.plugin_parameters(768, 12, cf.PluginShape(k)) for k in (2, 4, 8)] == [1_816_344, 1_926_960, 2_369_376]
     whole = cf.backbone_parameters(spec_of("t5-base"))
-    shares = [round(100 * cf.plugin_parameters(768, 12, k) / whole, 3) for k in (2, 4, 8)]
+    shares = [round(100 * cf.plugin_parameters(768, 12, cf.PluginShape(k)) / whole, 3) for k in (2, 4, 8)]
     assert shares == [0.815, 0.864, 1.063]
 
 

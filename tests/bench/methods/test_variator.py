@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,26 @@ from typing import Any
 import pytest
 import torch
 
+from bench import costing
+from bench.backbones.catalogue import spec_of
 from bench.backbones.sites import digest
+from bench.config import RunConfig, run_id
 from bench.context import RunContext, Teacher
 from bench.errors import ConfigError
-from bench.measure.closed_form import PluginShape, encoder
+from bench.measure.closed_form import PluginShape, encoder, layer_macs, remaining
 from bench.methods import variator
+from bench.methods.variator import Variator
 from bench.plugins.bank import CompressedFFN
 from bench.plugins.plugin import WEIGHTS_FILE, Plugin
+from bench.results import ResultStore
+from bench.runner import Surroundings, run
 from bench.tasks.data import load_task
 from bench.training.stage import FeatureBatches, model_inputs
 from bench.training.teacher import get_teacher
 from tests.checkpoints import FAMILIES, context, quick_config, task_file, tiny_checkpoint
 from tests.tiny import WORDS
+
+ROOT = Path(__file__).parents[3]
 
 
 class World:
@@ -189,3 +198,177 @@ def test_pre_training_refuses_a_loss_that_needs_a_task(world: World) -> None:
 def test_a_bottleneck_wider_than_the_backbone(world: World) -> None:
     model, _ = compress(world.context(bottleneck=64))
     assert all(p.isfinite().all() for p in plugin_of(model))
+
+
+PARAMETER_FREE: dict[str, Any] = {"compression": "mean", "decompression": "copy"}
+VARIANTS: list[dict[str, Any]] = [
+    {"compression": "mean"},
+    {"compression": "conv"},
+    {"decompression": "copy"},
+    {"compression": "conv", "decompression": "copy"},
+    {"attention_k": 3},
+    {"attention_k": 3, "compression": "mean"},
+]
+
+
+@pytest.mark.parametrize("init", ["fit", "released"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_every_variant_is_pre_trained_adapted_and_found_again(world: World, variant: dict[str, Any], init: str) -> None:
+    ctx = world.context(cache="variants", ratio=4, init=init, **world.pretraining(**variant))
+    model, teacher = compress(ctx)
+    assert [(s.name, s.steps) for s in ctx.stages[1:]] == [("pretrain", 5), ("adapt", 6)]
+    stored = Plugin.from_pretrained(ctx.cache.root / ctx.cache.key("plugin", ctx.identity))
+    start = Plugin.from_pretrained(ctx.cache.root / ctx.stages[1].artifact)
+    assert stored.config == start.config and digest(stored) != digest(start)
+    assert all(getattr(stored.config, name) == value for name, value in variant.items())
+    assert ctx.trained_parameters == stored.num_parameters() > 0
+    inputs = batch_of(ctx)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        assert torch.equal(compress(ctx)[0](**inputs).logits, logits)
+        with stored.attached(teacher.model):
+            assert torch.equal(teacher.model(**inputs).logits, logits)
+
+
+def batch_of(ctx: RunContext) -> dict[str, torch.Tensor]:
+    return model_inputs(FeatureBatches(ctx.features["dev"], 8, ctx.tokenizer.pad_token_id, 0, ctx.device)(0))
+
+
+@pytest.mark.parametrize("attention_k", [1, 2])
+def test_without_a_parameter_a_run_trains_nothing_and_has_a_result(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attention_k: int
+) -> None:
+    """From the config to the stored result, whatever is said of trainings."""
+    monkeypatch.setattr(costing, "TIMED_BATCH_SIZES", (1,))
+    monkeypatch.setattr(costing, "TIMED_LENGTH", 8)
+    store = ResultStore(tmp_path, "study")
+    shape = {"ratio": 2, "attention_k": attention_k, **PARAMETER_FREE}
+    ids = set()
+    for training in ({}, {"pretrain_steps": 500, "lr": 1.0, "batch_size": 2, "steps": 10_000, "bottleneck": 3}):
+        config = world.context(**shape, **training).config
+        result = run(config, store, Surroundings(cache_dir=world.folder / "free"))
+        assert result.status == "done", result.traceback
+        ids.add(result.run_id)
+        assert config.build_method().work(config.steps, config.batch_size) == []
+    assert len(ids) == 1
+    assert [stage.name for stage in result.training] == ["teacher"]
+    assert result.cost is not None and result.cost.parameters_added == result.cost.parameters_trained == 0
+    assert result.cost.real.compressed.overhead == 0 < result.cost.bytes_added < 100
+    assert result.cost.achieved_remaining != pytest.approx(result.cost.requested_remaining, rel=0.02)
+    spec, cell = world.context(**shape).spec, world.context(**shape)
+    setting = config.build_method().setting(spec, 2, cell.lengths("dev"))
+    assert result.cost.achieved_remaining == pytest.approx(setting.remaining, rel=1e-12)
+    assert [note for note in result.notes if "compression by mean, decompression by copy" in note]
+
+
+def test_without_a_parameter_a_group_answers_as_one(world: World) -> None:
+    """The stored plugin is its config; every position of a group is given the FFN's output at the mean."""
+    ctx = world.context(ratio=2, **PARAMETER_FREE)
+    model, _ = compress(ctx)
+    stored = Plugin.from_pretrained(ctx.cache.root / ctx.cache.key("plugin", ctx.identity))
+    assert stored.num_parameters() == 0 and stored.config.k == 2
+    layer = next(m for m in model.modules() if isinstance(m, CompressedFFN))
+    u = torch.randn(1, 5, 32)
+    with torch.no_grad():
+        z, means = layer(u), torch.stack([u[0, :2].mean(0), u[0, 2:4].mean(0), u[0, 4]])
+        torch.testing.assert_close(z[0], layer.inner(means[None])[0].repeat_interleave(2, dim=0)[:5])
+
+
+def test_without_adaptation_it_is_what_pre_training_left(world: World) -> None:
+    """And shares the pre-trained plugin with runs that go on from there."""
+    adapted = world.context(cache="pre", **world.pretraining())
+    compress(adapted)
+    ctx = world.context(cache="pre", **world.pretraining(adapt=False))
+    model, _ = compress(ctx)
+    assert [(s.name, s.cached) for s in ctx.stages] == [("teacher", True), ("pretrain", True)]
+    assert ctx.stages[1].artifact == adapted.stages[1].artifact
+    stored = Plugin.from_pretrained(ctx.cache.root / ctx.stages[1].artifact)
+    assert all(torch.equal(a, b) for a, b in zip(plugin_of(model), stored.parameters(), strict=True))
+
+
+def test_without_adaptation_and_pre_training_it_is_the_start(world: World) -> None:
+    closed, released = world.context(adapt=False), world.context(adapt=False, init="released")
+    start, _ = compress(world.context(steps=0))
+    model, _ = compress(closed)
+    assert [stage.name for stage in closed.stages] == ["teacher"]
+    assert all(torch.equal(a, b) for a, b in zip(plugin_of(model), plugin_of(start), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(plugin_of(compress(released)[0]), plugin_of(start), strict=True))
+
+
+def identity(**options: Any) -> dict[str, Any]:
+    return RunConfig.build({"method": "variator", "ratio": 4, **options}).identity("data", "model")
+
+
+ADAPTATION = {"steps": 7, "lr": 0.5, "decay": "constant", "losses": "logits=1", "temperature": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "unread", "read"),
+    [
+        ({"decompression": "copy"}, {"bottleneck": 3}, {"init": "released", **ADAPTATION}),
+        ({"decompression": "copy", "compression": "conv"}, {"bottleneck": 3, "init": "released"}, ADAPTATION),
+        ({"adapt": False}, {**ADAPTATION, "batch_size": 3}, {"init": "released", "warmup": 0.2, "pretrain_lr": 0.1}),
+        (
+            {"adapt": False, "pretrain_steps": 0},
+            {**ADAPTATION, "warmup": 0.2, "weight_decay": 0.3, "clip": 3.0, "pretrain_lr": 0.1},
+            {"batch_size": 3, "init": "released"},  # the fit is on batches of the task
+        ),
+        ({"adapt": False, "pretrain_steps": 0, "init": "released"}, {**ADAPTATION, "batch_size": 3}, {"bottleneck": 3}),
+        (
+            PARAMETER_FREE,
+            {**ADAPTATION, "batch_size": 3, "bottleneck": 3, "init": "released", "adapt": False, "warmup": 0.2,
+             "weight_decay": 0.3, "clip": 3.0, "pretrain_steps": 9, "pretrain_lr": 0.1},
+            {"mask_padding": False, "attention_k": 2, "ratio": 8, "seed": 1},
+        ),
+    ],
+    ids=lambda values: "-".join(map(str, values)),
+)  # fmt: skip
+def test_what_is_not_read_is_no_identity(options: dict[str, Any], unread: dict[str, Any], read: dict[str, Any]) -> None:
+    for name, value in unread.items():
+        assert identity(**options, **{name: value}) == identity(**options), name
+    for name, value in read.items():
+        assert identity(**options, **{name: value}) != identity(**options), name
+
+
+def test_the_standard_plugin_keeps_the_name_that_it_had_before_its_variants() -> None:
+    """Stored results are found by it. The hash is that of the same run as it was named before there were any."""
+    explicit = {"compression": "attention", "decompression": "adapter", "attention_k": 1, "adapt": True}
+    assert run_id(identity(pretrain_steps=0, **explicit)) == run_id(identity(pretrain_steps=0)) == "659f87e15dfdd077"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*/runs/*.json")), ids=lambda path: path.stem)
+def test_committed_results_keep_their_names(path: Path) -> None:
+    stored = json.loads(path.read_text("utf-8"))
+    identity, fields = stored["identity"], stored["config"]
+    if identity["method"] != f"variator@{Variator.version}":
+        pytest.skip("made by another method or version")
+    values = {name: value for name, value in fields.items() if name in RunConfig.model_fields and name != "options"}
+    config = RunConfig.build(values | fields["options"])
+    assert run_id(config.identity(identity["data"], identity["model"])) == stored["run_id"] == path.stem
+
+
+@pytest.mark.parametrize("k", [2, 4, 8])
+def test_a_twin_says_what_it_costs_and_why(k: int) -> None:
+    spec, lengths = spec_of("minilm-l6"), {30: 3, 128: 1}
+    budget = remaining(spec, k, lengths)
+    standard = Variator().setting(spec, k, lengths)
+    assert (standard.remaining, standard.note, standard.knob) == (budget, "", {"k": k})
+    free = Variator(**PARAMETER_FREE).setting(spec, k, lengths)
+    rows = {n: -(-n // k) for n in lengths}
+    macs = {n: (layer_macs(spec, n, n, rows[n]), layer_macs(spec, n, n, n)) for n in lengths}
+    short, dense = (sum(times * macs[n][i] for n, times in lengths.items()) for i in (0, 1))
+    assert free.remaining == pytest.approx(short / dense, rel=1e-12) and free.added == 0
+    assert free.note == (
+        f"{free.remaining:.1%} remain with compression by mean, decompression by copy, where the standard plugin at "
+        f"k = {k} leaves {budget:.1%}"
+    )
+    keys = Variator(attention_k=4).setting(spec, k, lengths)
+    assert keys.remaining < budget and keys.knob == {"k": k, "attention_k": 4}
+    assert "keys and values of 4 vectors each" in keys.note and standard.added is not None
+    assert keys.added == standard.added + 6 * (4 * 4 * 384 + 4)
+
+
+def test_keys_merged_too_reach_what_a_plugin_around_the_ffn_cannot() -> None:
+    spec = spec_of("minilm-l6")
+    floor = min(remaining(spec, k, {128: 1}) for k in range(2, 65))
+    assert Variator(attention_k=4).setting(spec, 4, {128: 1}).remaining < floor

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bench.backbones.model import share_weights
 from bench.backbones.sites import digest
+from bench.backbones.write_out import write_out
 from bench.errors import PluginError
 from bench.plugins.bank import CompressedFFN, PluginBank
 from tests.checkpoints import FAMILIES, Family, encode_hidden, random_plugin, tiny_model, tokens
@@ -123,6 +124,51 @@ def test_a_selected_k_is_that_plugin_alone(model: Any) -> None:
         assert torch.equal(hidden(model), alone[1])
         bank.select(2)
         assert torch.equal(hidden(model), alone[0])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_plugins_with_and_without_merged_keys_switch(model: Any, implementation: str) -> None:
+    model.set_attn_implementation(implementation)
+    variants: dict[int, dict[str, Any]] = {
+        2: {},
+        3: {"attention_k": 2},
+        4: {"attention_k": 4, "compression": "conv"},
+        5: {"attention_k": 2, "compression": "mean", "decompression": "copy"},
+    }
+    plugins = [random_plugin(model, k, seed=k, **variant) for k, variant in variants.items()]
+    before, alone = fingerprint(model), {1: hidden(model)}
+    for k, plugin in zip(variants, plugins, strict=True):
+        with plugin.attached(model):
+            alone[k] = hidden(model)
+        assert fingerprint(model) == before
+    assert all(not torch.equal(alone[a], alone[b]) for a in alone for b in alone if a < b)
+    bank = PluginBank(plugins)
+    with bank.attached(model):
+        for k in (1, 4, 2, 3, 1, 5, 4, 1):
+            bank.select(k)
+            assert torch.equal(hidden(model), alone[k])
+    assert fingerprint(model) == before
+    assert torch.equal(hidden(model), alone[1])
+
+
+def test_the_written_out_encoder_takes_the_same_plugin(model: Any) -> None:
+    plugin, twin = random_plugin(model, 2, attention_k=4), write_out(model)
+    dense, real = hidden(twin), MASK.bool()
+    with plugin.attached(model):
+        expected = hidden(model)
+    with plugin.attached(twin):
+        torch.testing.assert_close(hidden(twin)[real], expected[real], rtol=0, atol=1e-5)
+    assert torch.equal(hidden(twin), dense)
+
+
+def test_dropout_of_merged_attention_is_that_of_the_model(model: Any) -> None:
+    """Off in evaluation and on in training, whenever the plugin came."""
+    with random_plugin(model, 2, attention_k=2).attached(model):
+        assert torch.equal(hidden(model), hidden(model))
+        model.train()
+        assert not torch.equal(hidden(model), hidden(model))
+        model.eval()
+        assert torch.equal(hidden(model), hidden(model))
 
 
 def test_switching_moves_no_weight(model: Any) -> None:

@@ -86,10 +86,11 @@ def reduced_rank(x: Array, r: Array, rank: int) -> Array:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("index", "rank"), [(0, 2), (0, 6), (1, 6)])
-def test_a_layer_is_the_reduced_rank_regression(family: Family, index: int, rank: int) -> None:
-    """On what the compressed layers below it give."""
+@pytest.mark.parametrize("variant", [{}, {"compression": "conv", "attention_k": 2}], ids=["paper", "conv-keys"])
+def test_a_layer_is_the_reduced_rank_regression(family: Family, index: int, rank: int, variant: dict[str, Any]) -> None:
+    """On what the compressed layers below it give, merged keys and values included."""
     model, inputs = tiny_model(family), batches(30, seed=0)
-    plugin = Plugin.for_model(model, 3, bottleneck=rank)
+    plugin = Plugin.for_model(model, 3, bottleneck=rank, **variant)
     fit_least_squares(plugin, model, inputs)
     pair = plugin.pairs[index]
     x, r = regression(model, plugin, index, inputs)
@@ -117,6 +118,21 @@ def test_pooling_is_the_mean_and_the_model_is_unchanged(family: Family) -> None:
         assert pair.w2.weight.any()
     with plugin.attached(model):  # what the fit attached to was a copy
         pass
+
+
+@pytest.mark.parametrize("compression", ["attention", "mean", "conv"])
+@pytest.mark.parametrize("decompression", ["adapter", "copy"])
+@torch.no_grad()
+def test_every_compression_starts_as_the_mean(compression: Any, decompression: Any) -> None:
+    """So that the fit of one is that of all."""
+    model, inputs, settings = tiny_model("bert"), batches(5, seed=0), {"decompression": decompression, "attention_k": 2}
+    outputs = []
+    for kind in ("mean", compression):
+        plugin = random_plugin(model, 4, compression=kind, **settings)
+        fit_least_squares(plugin, model, inputs)
+        with plugin.attached(model):
+            outputs.append(encode_hidden(model, **inputs[0])[inputs[0]["attention_mask"].bool()])
+    torch.testing.assert_close(*outputs, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

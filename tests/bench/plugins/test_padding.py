@@ -38,6 +38,33 @@ def test_an_example_is_the_same_alone_and_in_a_padded_batch(model: Any, k: int) 
             torch.testing.assert_close(together[row, :n], alone[0], rtol=0, atol=1e-5)
 
 
+VARIANTS = [
+    {"compression": "mean"},
+    {"compression": "conv"},
+    {"compression": "mean", "decompression": "copy"},
+    {"attention_k": 3},
+    {"attention_k": 4, "compression": "mean", "decompression": "copy"},
+    {"attention_k": 8, "compression": "conv"},
+    {"attention_k": 30},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant.values())))
+@torch.no_grad()
+def test_padding_takes_no_part_in_any_variant(model: Any, variant: dict[str, Any]) -> None:
+    (ids, mask), (other, _) = padded(garbage_seed=1), padded(garbage_seed=2)
+    longer, longer_mask = (torch.nn.functional.pad(t, (0, 9)) for t in (ids, mask))
+    with random_plugin(model, 4, **variant).attached(model):
+        together = encode_hidden(model, input_ids=ids, attention_mask=mask.long())
+        garbled = encode_hidden(model, input_ids=other, attention_mask=mask.long())
+        padded_more = encode_hidden(model, input_ids=longer, attention_mask=longer_mask.long())
+        assert torch.equal(garbled[mask], together[mask])
+        torch.testing.assert_close(padded_more[longer_mask], together[mask], rtol=0, atol=1e-5)
+        for row, n in enumerate(LENGTHS):
+            alone = encode_hidden(model, input_ids=ids[row : row + 1, :n])
+            torch.testing.assert_close(together[row, :n], alone[0], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("k", [2, 4])
 @torch.no_grad()
 def test_what_stands_in_padded_positions_changes_nothing(model: Any, k: int) -> None:
@@ -58,10 +85,11 @@ def test_without_masking_padding_takes_part_as_in_the_released_code(model: Any) 
     assert (first - second)[mask].abs().max() > 1e-3
 
 
-def test_no_gradient_reaches_padded_positions(model: Any) -> None:
+@pytest.mark.parametrize("variant", [{}, {"compression": "conv", "attention_k": 4}], ids=str)
+def test_no_gradient_reaches_padded_positions(model: Any, variant: dict[str, Any]) -> None:
     ids, mask = padded(garbage_seed=1)
     embeddings = model.get_input_embeddings()(ids).detach().requires_grad_(True)
-    plugin = random_plugin(model, 4)
+    plugin = random_plugin(model, 4, **variant)
     with plugin.attached(model):
         hidden = encode_hidden(model, inputs_embeds=embeddings, attention_mask=mask.long())
         (hidden * torch.randn_like(hidden))[mask].sum().backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from bench.backbones.sites import digest
 from bench.errors import PluginError
 from bench.plugins.plugin import CONFIG_FILE, WEIGHTS_FILE, Plugin, PluginConfig
 from tests.checkpoints import random_plugin, tiny_model
+
+NEWER = {"compression", "decompression", "attention_k"}
 
 
 @pytest.fixture
@@ -41,6 +44,35 @@ def test_it_holds_no_weight_of_the_backbone(folder: Path, plugin: Plugin) -> Non
         assert sorted(file.keys()) == sorted(name for name, _ in plugin.named_parameters())
     numbers = 4 * plugin.num_parameters()
     assert numbers < (folder / WEIGHTS_FILE).stat().st_size < numbers + 4096
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"compression": "conv", "attention_k": 3},
+        {"decompression": "copy"},
+        {"compression": "mean", "decompression": "copy"},
+    ],
+    ids=str,
+)
+def test_round_trip_of_a_variant(tmp_path: Path, variant: dict[str, Any]) -> None:
+    plugin = random_plugin(tiny_model("t5"), 2, **variant)
+    plugin.save_pretrained(tmp_path)
+    again = Plugin.from_pretrained(tmp_path)
+    assert again.config == plugin.config and digest(again) == digest(plugin)
+    assert (tmp_path / WEIGHTS_FILE).stat().st_size < 4 * plugin.num_parameters() + 4096
+    with again.attached(tiny_model("t5")):
+        pass
+
+
+def test_a_plugin_of_before_the_variants_is_read_as_it_was(folder: Path, plugin: Plugin) -> None:
+    path = folder / CONFIG_FILE
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in fields.items() if k not in NEWER}))
+    again = Plugin.from_pretrained(folder)
+    assert again.config == plugin.config and digest(again) == digest(plugin)
+    names = ("score.bias", "score.weight", "w1_u.bias", "w1_u.weight", "w1_y.weight", "w2.bias", "w2.weight")
+    assert sorted(load_file(folder / WEIGHTS_FILE)) == [f"pairs.{layer}.{name}" for layer in (0, 1) for name in names]
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, -4])
@@ -89,6 +121,8 @@ def test_a_pickle_is_refused_and_not_run(folder: Path, tmp_path: Path, writer: o
         (b'{"model_type": "bert", "hidden_size": 32}', "k: field required"),
         (b'{"k": 1, "family": "bert", "d_model": 32, "n_layers": 2}', "k: .*greater than or equal to 2"),
         (b'{"k": 4, "family": "bert", "d_model": 0, "n_layers": 2}', "d_model"),
+        (b'{"k": 4, "family": "bert", "d_model": 8, "n_layers": 2, "compression": "max"}', "compression"),
+        (b'{"k": 4, "family": "bert", "d_model": 8, "n_layers": 2, "attention_k": 1}', "attention_k"),
         (b'{"k": "four", "family": "bert", "d_model": 32, "n_layers": 2}', "k: .*integer"),
         (b"[]", "no plugin's config"),
         (b'{"k": 4, "fam', "cannot be read"),
@@ -101,8 +135,19 @@ def test_a_foreign_config_is_refused(folder: Path, content: bytes, said: str) ->
         Plugin.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("change", [{"n_layers": 3}, {"d_model": 16}, {"k": 2}, {"bottleneck": 4}])
-def test_weights_of_another_plugin_are_refused(folder: Path, change: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_layers": 3},
+        {"d_model": 16},
+        {"k": 2},
+        {"bottleneck": 4},
+        {"compression": "conv"},
+        {"decompression": "copy"},
+        {"attention_k": 2},
+    ],
+)
+def test_weights_of_another_plugin_are_refused(folder: Path, change: dict[str, Any]) -> None:
     path = folder / CONFIG_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(PluginError, match=f"{WEIGHTS_FILE} does not belong to its config"):
