@@ -150,7 +150,7 @@ def measure_speed(model: TaskModel, teacher: Teacher, ctx: RunContext) -> tuple[
     ctx.progress.stage("measure", len(TIMED_BATCH_SIZES))
     latencies, memories = [], []
     for size in TIMED_BATCH_SIZES:
-        inputs = _full_batch(ctx, size, length)
+        inputs = full_batch(ctx, size, length)
         latency = interleaved(teacher.model, model, inputs, ctx.device, max_seconds=4.0)
         latency.dense_flops = count_dispatched(teacher.model, inputs, parts_of(teacher.model)).total
         latency.compressed_flops = count_dispatched(model, inputs, parts_of(model)).total
@@ -167,7 +167,7 @@ def measure_speed(model: TaskModel, teacher: Teacher, ctx: RunContext) -> tuple[
     return latencies, memories
 
 
-def _full_batch(ctx: RunContext, size: int, length: int) -> dict[str, Tensor]:
+def full_batch(ctx: RunContext, size: int, length: int) -> dict[str, Tensor]:
     """Fill a batch without padding by joining the tokens of dev examples."""
     tokens: list[int] = []
     for feature in ctx.features["dev"]:
