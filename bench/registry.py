@@ -16,6 +16,7 @@ _BUILT_IN = {
     "dense": "bench.methods.dense:Dense",
     "variator": "bench.methods.variator:Variator",
     "distillation": "bench.methods.distillation:Distillation",
+    "width_distillation": "bench.methods.width_distillation:WidthDistillation",
     "pruning": "bench.methods.pruning:Pruning",
     "pruning_l0": "bench.methods.pruning_l0:PruningL0",
     "token_dropping": "bench.methods.token_dropping:TokenDropping",

@@ -6,7 +6,8 @@ the first-order effect of that unit (Michel et al., "Are sixteen heads really be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,6 +22,7 @@ from bench.backbones.model import TaskModel
 from bench.backbones.surgery import ffn_out
 from bench.backbones.write_out import write_out, written_encoder
 from bench.context import RunContext
+from bench.measure.closed_form import encoder
 from bench.tasks.spec import Kind
 from bench.training.losses import task_loss
 from bench.training.stage import Batch, FeatureBatches, label_inputs, model_inputs
@@ -50,6 +52,31 @@ def calibration_batches(ctx: RunContext, examples: int) -> list[Batch]:
     chosen = [train[i] for i in np.random.default_rng(seed).permutation(len(train))[:examples]]
     batches = FeatureBatches(chosen, BATCH_SIZE, ctx.tokenizer.pad_token_id, seed, ctx.device)
     return [batches(step) for step in range(batches.order.batches_per_epoch)]
+
+
+def calibrate(model: TaskModel, batches: Sequence[Batch], ctx: RunContext) -> tuple[GateGradients, dict[str, Any]]:
+    """Return the gradients on these batches, and the fields of a ``TrainingStage`` of no optimiser steps.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode, without gradients; is not changed.
+    batches
+        Inputs and labels.
+    ctx
+        The surroundings of the run.
+    """
+    ctx.progress.stage("calibrate", len(batches))
+    began = time.monotonic()
+    gradients = gate_gradients(model, batches, ctx.task.kind, ctx.progress.advance)
+    lengths = torch.cat([batch["attention_mask"].sum(1) for batch in batches]).tolist()
+    return gradients, {
+        "name": "calibrate",
+        "steps": 0,
+        "examples": len(lengths),
+        "flops": 3 * sum(encoder(ctx.spec, n).encoder for n in lengths),
+        "seconds": round(time.monotonic() - began, 3),
+    }
 
 
 def gate_gradients(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.backbones.spec import BackboneSpec
-from bench.measure.closed_form import encoder, remaining
+from bench.measure.closed_form import remaining
 from bench.methods.base import Method, Positive, PositiveCount, Setting, Work
 from bench.methods.budget import UnitCosts, off_budget, refusal
 from bench.tasks.spec import TaskSpec
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from bench.backbones.model import TaskModel
     from bench.backbones.surgery import Structure
     from bench.context import RunContext, Teacher
+    from bench.methods.gates import GateGradients
     from bench.tasks.data import TaskData
-    from bench.training.stage import Batch
 
 RESCALING_TOKENS = 20_000
 """Tokens that the scales are fitted on: several for each of the unknowns, which are fewer than an FFN's neurons."""
@@ -93,50 +93,37 @@ class Pruning(Method):
 
     def _prune(self, model: TaskModel, costs: UnitCosts, ctx: RunContext) -> tuple[TaskModel, dict[str, Any]]:
         from bench.backbones.write_out import write_out, written_encoder
-        from bench.methods.gates import calibration_batches
+        from bench.methods.gates import calibrate, calibration_batches
         from bench.methods.rescaling import entering, rescale, sublayers
 
-        began = time.monotonic()
         batches = calibration_batches(ctx, self.examples)
-        structure = self._structure(model, batches, costs, ctx)
+        gradients, stage = calibrate(model, batches, ctx)
+        structure = _structure(gradients, costs, round(ctx.setting.remaining * costs.dense))
         student, dense = _cut(model, structure, ()), write_out(model)
-        whole = written_encoder(dense)
-        ctx.progress.stage("rescale", len(sublayers(whole)))
+        ctx.progress.stage("rescale", len(sublayers(written_encoder(dense))))
+        began = time.monotonic()
         states = entering(dense, batches, RESCALING_TOKENS)
-        rescaled = rescale(written_encoder(student), whole, states, self.damp, ctx.progress.advance)
-        examples = sum(len(batch["input_ids"]) for batch in batches)
-        mean_length = sum(int(batch["attention_mask"].sum()) for batch in batches) / examples
-        stage = {
-            "name": "calibrate",
-            "steps": 0,
-            "examples": examples,
-            "flops": 3 * examples * encoder(ctx.spec, max(1, round(mean_length))).encoder,
-            "seconds": round(time.monotonic() - began, 3),
-        }
+        rescaled = rescale(written_encoder(student), written_encoder(dense), states, self.damp, ctx.progress.advance)
+        stage["seconds"] += round(time.monotonic() - began, 3)
         return student, {"structure": structure.to_json(), "rescaled": rescaled, "stages": [stage]}
 
-    def _structure(self, model: TaskModel, batches: list[Batch], costs: UnitCosts, ctx: RunContext) -> Structure:
-        """Choose what is left."""
-        import numpy as np
 
-        from bench.backbones.surgery import Structure
-        from bench.methods.gates import gate_gradients
-        from bench.methods.mask_search import rearranged, search
+def _structure(gradients: GateGradients, costs: UnitCosts, macs: int) -> Structure:
+    """Choose what is left for ``macs``."""
+    import numpy as np
 
-        ctx.progress.stage("calibrate", len(batches))
-        gradients = gate_gradients(model, batches, ctx.task.kind, ctx.progress.advance)
+    from bench.backbones.surgery import Structure
+    from bench.methods.mask_search import rearranged, search
 
-        def fisher(layers: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
-            return np.stack([np.square(g, dtype=np.float64).mean(0) for g in layers])
+    def fisher(layers: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
+        return np.stack([np.square(g, dtype=np.float64).mean(0) for g in layers])
 
-        def kept(layers: Sequence[NDArray[np.float32]], masks: NDArray[np.bool_]) -> tuple[tuple[int, ...], ...]:
-            swapped = (rearranged(g, mask) for g, mask in zip(layers, masks, strict=True))
-            return tuple(tuple(np.flatnonzero(mask).tolist()) for mask in swapped)
+    def kept(layers: Sequence[NDArray[np.float32]], masks: NDArray[np.bool_]) -> tuple[tuple[int, ...], ...]:
+        swapped = (rearranged(g, mask) for g, mask in zip(layers, masks, strict=True))
+        return tuple(tuple(np.flatnonzero(mask).tolist()) for mask in swapped)
 
-        macs = round(ctx.setting.remaining * costs.dense)
-        heads, neurons = search(fisher(gradients.heads), fisher(gradients.neurons), costs, macs)
-        layers = tuple(range(len(heads)))
-        return Structure(layers, kept(gradients.heads, heads), kept(gradients.neurons, neurons))
+    heads, neurons = search(fisher(gradients.heads), fisher(gradients.neurons), costs, macs)
+    return Structure(tuple(range(len(heads))), kept(gradients.heads, heads), kept(gradients.neurons, neurons))
 
 
 def _cut(model: TaskModel, structure: Structure, rescaled: Sequence[int]) -> TaskModel:
