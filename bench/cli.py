@@ -168,7 +168,7 @@ def _plan(keys: dict[str, str], sweep: str | None, study: str | None, results: P
 
     if sweep:
         read = read_sweep(find_sweep(sweep), keys, where["data_root"])
-        name, configs = read.name, read.configs
+        name, configs = read.study, read.configs
     else:
         name, configs = "runs", expand({key: parse_list(key, text) for key, text in keys.items()}, where["data_root"])
     store = ResultStore(results, study or name)
@@ -179,7 +179,7 @@ def _plan(keys: dict[str, str], sweep: str | None, study: str | None, results: P
 
 
 _plan = click.argument("sweep", required=False)(
-    click.option("--study", help="Study to compare with; the sweep's name.")(_mode(_where(_plan)))
+    click.option("--study", help="Study to compare with; that of the sweep.")(_mode(_where(_plan)))
 )
 main.add_command(_with_keys(_plan))
 
@@ -221,12 +221,12 @@ def _sweep(keys: dict[str, str], sweep: str, study: str | None, results: Path, m
     from bench.results import ResultStore
 
     read = read_sweep(find_sweep(sweep), keys, where["data_root"])
-    store = ResultStore(results, study or read.name)
+    store = ResultStore(results, study or read.study)
     sys.exit(run_and_print(read.configs, store, _surroundings(**where), mode, summary=True))  # type: ignore[arg-type]
 
 
 _sweep = click.argument("sweep")(
-    click.option("--study", help="Study that the results go to; the sweep's name.")(_mode(_where(_sweep)))
+    click.option("--study", help="Study that the results go to; that of the sweep.")(_mode(_where(_sweep)))
 )
 main.add_command(_with_keys(_sweep))
 

@@ -40,12 +40,16 @@ class Sweep:
     Attributes
     ----------
     name
-        Also the study that the results go to.
+        Its name.
+    study
+        Where the results go: the study that the file's command names, so that an agent's runs and those of this machine
+        lie together, or else the sweep's name.
     configs
         The runs, each once; those that share a teacher stand together, the dense one first.
     """
 
     name: str
+    study: str
     configs: tuple[RunConfig, ...]
 
 
@@ -104,17 +108,26 @@ def read_sweep(path: Path, overrides: Mapping[str, str] | None = None, data_root
     if (search := content.get("method")) != "grid":
         raise ConfigError(f"{path}: method is {_shown(search)}; only `grid` lists its runs in advance")
     name = path.stem if content.get("name") is None else content["name"]
-    if not isinstance(name, str) or not re.fullmatch(r"[^./][^/]*", name):
-        raise ConfigError(f"{path}: the name {_shown(name)} is to be the name of a folder, such as 'my-sweep'")
+    study = _study(content.get("command"), name)
+    for what, text in (("name", name), ("study", study)):
+        if not isinstance(text, str) or not re.fullmatch(r"[^./][^/]*", text):
+            raise ConfigError(f"{path}: the {what} {_shown(text)} is to be the name of a folder, such as 'my-sweep'")
     parameters = content.get("parameters")
     if not isinstance(parameters, dict) or not parameters:
         raise ConfigError(f"{path}: `parameters` must map keys to {{value: ...}} or {{values: [...]}}")
     grid = {str(key): _values(path, str(key), entry) for key, entry in parameters.items()}
     grid |= {key: parse_list(key, text) for key, text in (overrides or {}).items()}
     try:
-        return Sweep(name, expand(grid, data_root))
+        return Sweep(str(name), str(study), expand(grid, data_root))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _study(command: object, name: object) -> object:
+    """Return what follows ``--study`` in a sweep's command, or ``name``."""
+    parts = command if isinstance(command, list) else []
+    at = parts.index("--study") + 1 if "--study" in parts else len(parts)
+    return parts[at] if at < len(parts) else name
 
 
 def _values(path: Path, key: str, entry: object) -> list[Any]:

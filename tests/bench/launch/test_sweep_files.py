@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from bench.config import RunConfig
 from bench.errors import ConfigError
 from bench.launch.sweep import MOST_POINTS, expand, find_sweep, parse_list, read_sweep
+from bench.registry import methods as registered
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = sorted((ROOT / "sweeps").glob("*.yaml"))
@@ -35,19 +37,30 @@ def test_every_shipped_sweep_expands_to_distinct_runs(path: Path) -> None:
     sweep = read_sweep(path)
     content = yaml.safe_load(path.read_text())
     assert sweep.name == content["name"]
-    assert f"--study {sweep.name}" in " ".join(content["command"]), "an agent's runs go where the sweep's go"
+    assert f"--study {sweep.study}" in " ".join(content["command"]), "an agent's runs go where the sweep's go"
     identities = [repr(c.identity(c.task, c.backbone)) for c in sweep.configs]
     assert len(set(identities)) == len(identities) > 1
-    assert {type(c.build_method()).__name__ for c in sweep.configs} >= {"Variator"}
 
 
-def test_the_glue_grid_is_the_papers() -> None:
+def test_results_go_to_the_study_that_the_command_names(tmp_path: Path) -> None:
+    body = {"method": "grid", "name": "mine", "parameters": {"ratio": {"values": [2, 4]}}}
+    assert read_sweep(write(tmp_path, yaml.safe_dump(body))).study == "mine"
+    told = body | {"command": ["bench", "run", "--study", "pilot", "${args}"]}
+    sweep = read_sweep(write(tmp_path, yaml.safe_dump(told)))
+    assert (sweep.name, sweep.study) == ("mine", "pilot")
+    elsewhere = body | {"command": ["bench", "run", "--study", "../up"]}
+    with pytest.raises(ConfigError, match=r"the study '\.\./up' is to be the name of a folder"):
+        read_sweep(write(tmp_path, yaml.safe_dump(elsewhere)))
+
+
+def test_the_glue_grid_is_the_papers_with_every_method_here() -> None:
     configs = read_sweep(find_sweep("glue")).configs
     tasks = {"mnli", "qnli", "qqp", "rte", "sst2", "mrpc", "squad"}
+    methods = sorted(set(registered()) - {"dense", "quantization"})  # these two have no ratio
     expected = {
         (task, method, ratio, seed)
         for task in tasks
-        for method, ratio in [("dense", None), ("variator", 2), ("variator", 4), ("variator", 8)]
+        for method, ratio in [("dense", None), ("quantization", None), *itertools.product(methods, (2, 4, 8))]
         for seed in range(3)
     }
     for backbone in ("t5-base", "t5-large"):
