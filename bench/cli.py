@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 MODES = ("missing", "retry-failed", "force", "read-only")
+LONGEST_TITLE = 72
+"""Characters of a section of a help text, which click does not break."""
 
 
 class _Group(click.Group):
@@ -74,9 +76,11 @@ class _Key(click.Option):
     def records(self) -> Iterator[tuple[str, tuple[str, str]]]:
         """Yield the section and the line of each meaning."""
         for key in self.meanings:
-            section = "Run" if "run" in key.defaults else f"Options of {key.readers}"
+            section, text = "Run" if "run" in key.defaults else f"Options of {key.readers}", key.text
+            if len(section) > LONGEST_TITLE:
+                section, text = "Options of several methods", f"{text} Read by {key.readers}."
             shown = f"  [default: {key.default}]" if key.default else ""
-            yield section, (f"{self.dashed} VALUE", f"{key.text}{shown}")
+            yield section, (f"{self.dashed} VALUE", f"{text}{shown}")
 
 
 def _with_keys(command: Callable[..., Any]) -> click.Command:

@@ -70,6 +70,8 @@ def print_listing(what: str) -> None:
         from bench.describe import keys
 
         head("key", "read by", "default", "meaning")
+        for column, width in ((1, 24), (2, 32)):
+            table.columns[column].max_width = width
         for key in keys():
             table.add_row(key.name, key.readers, key.default, key.text)
     console().print(table)

@@ -76,13 +76,15 @@ class TokenDropping(TrainedMethod):
     span head read the states of removed tokens too, which keep the last one that they had, and the hard stage starts
     from what the soft stage has trained. Its hard stage masks; here the tokens are gone.
 
+    The default losses leave out the parts on hidden states: they would ask a removed token, of which nothing is
+    computed any more, for the state that the teacher computes.
+
     Attributes
     ----------
     lr
-        Peak learning rate of the weights on the task.
+        Peak learning rate on the task.
     losses
-        Mix of loss parts on the task. The parts on hidden states are left out: they would ask a removed token, of which
-        nothing is computed any more, for the state that the teacher computes.
+        Mix of loss parts on the task; ``bench.training.losses`` says what each is.
     soft
         Share of the steps that train thresholds; the others tune the weights for them.
     threshold_lr

@@ -108,13 +108,15 @@ class TopkTokens(TrainedMethod):
     A token that is removed keeps the state that it had, and the final states hold it at its place: T5's decoder and a
     span head see every position, as in Transkimmer (Guan et al., ACL 2022).
 
+    The default losses leave out the parts on hidden states: they would ask a removed token, of which nothing is
+    computed any more, for the state that the teacher computes.
+
     Attributes
     ----------
     lr
         Peak learning rate on the task.
     losses
-        Mix of loss parts on the task. The parts on hidden states are left out: they would ask a removed token, of which
-        nothing is computed any more, for the state that the teacher computes.
+        Mix of loss parts on the task; ``bench.training.losses`` says what each is.
     """
 
     name = "topk_tokens"

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from bench.cli import main
 from bench.config import known_keys
 from bench.describe import keys
+from bench.registry import methods
 from tests.checkpoints import task_file, tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -54,10 +55,9 @@ def test_every_key_is_an_option_with_its_meaning_and_its_readers() -> None:
     assert {key.name for key in rows} == set(known_keys()) and all(key.text for key in rows)
     text = "".join(invoke("run", "--help").stdout.split())
     for key in rows:
-        shown = f"--{key.name.replace('_', '-')} VALUE {key.text}"
-        shown += f"[default: {key.default}]" if key.default else ""
-        assert "".join(shown.split()) in text
-        assert "run" in key.defaults or "".join(f"Options of {key.readers}:".split()) in text
+        assert "".join(f"--{key.name.replace('_', '-')} VALUE {key.text}".split()) in text
+        assert not key.default or "".join(f"[default: {key.default}]".split()) in text
+        assert "run" in key.defaults or "".join(key.readers.split()) in text
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,26 @@ def test_listings(what: str, words: list[str]) -> None:
     assert [word for word in words if word not in text] == []
     assert "\x1b" not in text and "…" not in text
     assert max(map(len, text.splitlines())) <= 140
+
+
+@pytest.mark.parametrize("columns", [80, 100, 160])
+def test_the_catalogue_of_methods_fits_a_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block a method: its name at the margin, and a line or two for each fact, none cut short."""
+    from rich.console import Console
+
+    from bench.launch import listing
+
+    console = Console(width=columns, color_system=None)
+    monkeypatch.setattr(listing, "console", lambda: console)
+    with console.capture() as capture:
+        listing.print_listing("methods")
+    lines = capture.get().splitlines()
+    assert max(map(len, lines)) <= columns and "…" not in capture.get()
+    assert [line.split()[0] for line in lines if line[:1].strip()] == list(methods())
+    text = " ".join(capture.get().split())
+    for cls in methods().values():
+        for fact in (cls.summary, cls.trains, cls.saves, cls.knob):
+            assert fact in text
 
 
 def test_a_plan_is_a_line_a_cell_with_its_reasons_below(here: Path) -> None:
