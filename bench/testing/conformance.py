@@ -35,6 +35,14 @@ from bench.testing.case import KINDS, Case, Prepared, answers, elsewhere, skip_r
 from bench.testing.checkpoints import FAMILIES, Family
 
 
+@dataclass
+class Training:
+    """What an optimiser was given, sizes of parameters by their identity, and how many steps it took."""
+
+    parameters: dict[int, int]
+    steps: int = 0
+
+
 @dataclass(frozen=True)
 class Made:
     """What one training left behind.
@@ -48,7 +56,7 @@ class Made:
     before, after
         `_state` of the teacher.
     trainings
-        Parameters that each optimiser was given, by what they are.
+        One for each optimiser that took a step.
     """
 
     case: Case
@@ -57,7 +65,7 @@ class Made:
     model: TaskModel
     before: dict[str, str]
     after: dict[str, str]
-    trainings: list[dict[int, int]]
+    trainings: list[Training]
 
 
 class MethodConformance:
@@ -264,10 +272,24 @@ print(json.dumps([name for name in ("torch", "transformers", "datasets", "pandas
 
     def test_it_trains_what_it_says(self, made: Made) -> None:
         """``trained_parameters`` is what an optimiser was given, and no optimiser was given the teacher's weights."""
-        trained, given = made.prepared.ctx.trained_parameters, [sum(t.values()) for t in made.trainings]
+        trained, given = made.prepared.ctx.trained_parameters, [sum(t.parameters.values()) for t in made.trainings]
         assert not given or trained in given, f"trained_parameters is {trained:,}; optimisers were given {given}"
         own = {id(p) for p in made.prepared.teacher.model.parameters()}
-        assert not own & {p for training in made.trainings for p in training}, "the teacher's own weights are trained"
+        assert not any(own & set(t.parameters) for t in made.trainings), "the teacher's own weights are trained"
+
+    def test_it_trains_as_long_as_it_says(self, made: Made) -> None:
+        """The run's steps, and what ``work`` calls shared beside them, were taken, planned and recorded."""
+        ctx = made.prepared.ctx
+        work = ctx.config.build_method().work(ctx.config.steps, ctx.config.batch_size)
+        if not made.trainings:
+            pytest.skip(f"{self.method} trains nothing")
+        taken, planned = sum(t.steps for t in made.trainings), sum(w.steps for w in work)
+        recorded = sum(stage.steps for stage in ctx.stages if stage.name != "teacher")
+        assert taken == planned == recorded, f"{taken} steps taken, {planned} in `work`, {recorded} in the result"
+        shared = sum(w.steps for w in work if w.shared)
+        assert taken - shared == ctx.config.steps, (
+            f"{taken - shared} steps on the task, where a run has {ctx.config.steps}"
+        )
 
     def test_a_frozen_backbone_is_the_teachers_own(self, chosen: type[Method], made: Made) -> None:
         """With ``frozen``, whatever is not the teacher's very tensor belongs to the method."""
@@ -395,19 +417,20 @@ def _with_teacher(prepared: Prepared, cache: Path) -> None:
 
 
 @contextmanager
-def _trainings() -> Iterator[list[dict[int, int]]]:
-    """Note, for each optimiser that takes a step inside the block, its parameters and their sizes by identity."""
-    found: dict[torch.optim.Optimizer, dict[int, int]] = {}
-    given: list[dict[int, int]] = []
+def _trainings() -> Iterator[list[Training]]:
+    """Note every optimiser that takes a step inside the block."""
+    found: dict[torch.optim.Optimizer, Training] = {}
+    trainings: list[Training] = []
 
     def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if optimizer not in found:
-            found[optimizer] = {id(p): p.numel() for group in optimizer.param_groups for p in group["params"]}
-            given.append(found[optimizer])
+            found[optimizer] = Training({id(p): p.numel() for g in optimizer.param_groups for p in g["params"]})
+            trainings.append(found[optimizer])
+        found[optimizer].steps += 1
 
     handle = register_optimizer_step_pre_hook(note)
     try:
-        yield given
+        yield trainings
     finally:
         handle.remove()
 

@@ -287,6 +287,21 @@ class Miscounts(Trained):
 
 
 @dataclass(frozen=True)
+class Overtrains(Trained):
+    """Trains one step more than the run has."""
+
+    name = "overtrains"
+    fails = frozenset({"test_it_trains_as_long_as_it_says"})
+
+    def make(self, teacher: Any, ctx: Any, checkpoint: Path) -> tuple[Any, dict[str, Any]]:
+        config, ctx.config = ctx.config, ctx.config.model_copy(update={"steps": ctx.config.steps + 1})
+        try:
+            return super().make(teacher, ctx, checkpoint)
+        finally:
+            ctx.config = config
+
+
+@dataclass(frozen=True)
 class Unseeded(Trained):
     """Starts from noise that no seed decides, and keeps what it made."""
 
