@@ -95,7 +95,7 @@ class EarlyExit(TrainedMethod):
     Attributes
     ----------
     lr
-        Peak learning rate on the task; the heads start from random weights.
+        Peak learning rate on the task.
     losses
         Mix of ``logits`` and ``task``, summed over the heads.
     """
@@ -143,7 +143,7 @@ class EarlyExit(TrainedMethod):
         budget = ctx.budget
         _refuse_below_floor(ctx.spec, ctx.task.n_outputs, ctx.lengths("selection"), budget)
 
-        def heads_of(model: TaskModel) -> ExitingEncoder:
+        def encoder_of(model: TaskModel) -> ExitingEncoder:
             encoder = written_encoder(model)
             assert isinstance(encoder, ExitingEncoder)
             return encoder
@@ -151,7 +151,7 @@ class EarlyExit(TrainedMethod):
         def make(checkpoint: Path) -> tuple[TaskModel, dict[str, Any]]:
             torch.manual_seed(ctx.config.seed)
             model = let_exit(teacher.model, ctx.task.n_outputs, 0.0).to(ctx.device)
-            encoder = heads_of(model)
+            encoder = encoder_of(model)
             stages = [self._train(encoder, teacher.model, ctx, checkpoint)] if ctx.config.steps else []
             threshold, share = _calibrate(encoder, teacher.model, ctx, budget)
             return model, {"threshold": threshold, "remaining": share, "stages": stages}
@@ -168,7 +168,7 @@ class EarlyExit(TrainedMethod):
             return let_exit(teacher.model, ctx.task.n_outputs, notes["threshold"])
 
         model = get_student(teacher, ctx, build, make)
-        ctx.trained_parameters = count_parameters(heads_of(model).heads.parameters())
+        ctx.trained_parameters = count_parameters(encoder_of(model).heads.parameters())
         return model
 
     def _train(self, encoder: ExitingEncoder, teacher: TaskModel, ctx: RunContext, checkpoint: Path) -> dict[str, Any]:
