@@ -54,6 +54,7 @@ def world(request: Any, tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("moefication"), request.param)
 
 
+@torch.enable_grad()  # also inside a test that needs no gradients itself
 def compress(ctx: RunContext, experts: int | None = None) -> tuple[Any, Teacher]:
     teacher, chosen = get_teacher(ctx), Moefication(**ctx.config.options)
     ctx.setting = chosen.setting(ctx.spec, ctx.config.ratio, ctx.lengths("selection"))

@@ -61,6 +61,7 @@ def world(request: Any, tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("routing"), request.param, **changes)
 
 
+@torch.enable_grad()  # also inside a test that needs no gradients itself
 def compress(ctx: RunContext, share: float | None = None) -> tuple[Any, Teacher]:
     teacher, chosen = get_teacher(ctx), TokenRouting(**ctx.config.options)
     ctx.setting = chosen.setting(ctx.spec, ctx.config.ratio, ctx.lengths("selection"))
