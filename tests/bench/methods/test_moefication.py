@@ -26,7 +26,7 @@ from bench.methods.experts import ExpertFFN, Experts, RouterLoss, balanced_clust
 from bench.methods.moefication import Moefication, divisor_near, spread
 from bench.tasks.catalogue import TASKS
 from bench.tasks.data import load_task
-from bench.training.stage import FeatureBatches
+from bench.training.stage import FeatureBatches, model_inputs
 from bench.training.teacher import get_teacher
 from tests.checkpoints import FAMILIES, Family, context, quick_config, task_file, tiny_checkpoint, tokens
 
@@ -239,20 +239,18 @@ def test_untrained_routers_follow_the_mean_of_the_weights(world: World) -> None:
 @torch.no_grad()
 def captured(ctx: RunContext, student: nn.Module, teacher: nn.Module, scores: Any) -> float:
     """Return the share of all positive activations on dev that lies in the four experts with the highest scores."""
+    batch = FeatureBatches(ctx.features["dev"], 20, ctx.tokenizer.pad_token_id, 0, ctx.device)(0)
+    dense, seen = write_out(teacher), []
+    sites = EncoderView(dense).sites()
+    for site in sites:
+        site.inner.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    dense(**model_inputs(batch))
     inside = total = 0.0
-    for feature in ctx.features["dev"]:
-        seen: list[Tensor] = []
-        hooks = []
-        dense = write_out(teacher)
-        for site in EncoderView(dense).sites():
-            hooks.append(site.inner.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0])))
-            dense.requires_grad_(False)
-        batch = FeatureBatches([feature], 1, ctx.tokenizer.pad_token_id, 0, ctx.device)(0)
-        dense(**{name: t for name, t in batch.items() if name in ("input_ids", "attention_mask", "decoder_input_ids")})
-        for site, layer, u in zip(EncoderView(dense).sites(), expert_ffns(student), seen, strict=True):
-            sums = ffn_in(site.inner)[0](u).relu()[:, neurons(layer)].sum(-1)
-            best = scores(layer, u, sums).topk(4, dim=1).indices
-            inside, total = inside + sums.gather(1, best).sum().item(), total + sums.sum().item()
+    for site, layer, u in zip(sites, expert_ffns(student), seen, strict=True):
+        real = u[batch["attention_mask"].bool()]
+        sums = ffn_in(site.inner)[0](real).relu()[:, neurons(layer)].sum(-1)
+        best = scores(layer, real, sums).topk(4, dim=1).indices
+        inside, total = inside + sums.gather(1, best).sum().item(), total + sums.sum().item()
     return inside / total
 
 
@@ -271,10 +269,9 @@ def test_trained_routers_find_what_is_active(world: World, monkeypatch: pytest.M
     informed = {}
     for router in (experts.Router, Blank):
         monkeypatch.setattr(experts, "Router", router)
-        for steps in (0, 150):
+        for steps in (0, 100):
             ctx = world.context(cache=router.__name__, steps=steps, lr=3e-3)
             student, teacher = compress(ctx)
-            ctx.features["dev"] = ctx.features["dev"][:20]
             informed[router, steps] = share(lambda layer, u, sums: layer.router(u))
     generator = torch.Generator().manual_seed(0)
     chance = share(lambda layer, u, sums: torch.rand(sums.shape, generator=generator))
@@ -312,7 +309,7 @@ def test_the_loss_is_a_cross_entropy_to_normalised_sums(world: World) -> None:
     seen: list[Tensor] = []
     for site in EncoderView(dense).sites():
         site.inner.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    dense(**{name: t for name, t in batch.items() if name in ("input_ids", "attention_mask", "token_type_ids")})
+    dense(**model_inputs(batch))
     for site, layer, u in zip(EncoderView(dense).sites(), expert_ffns(student), seen, strict=True):
         for b, i in np.argwhere(batch["attention_mask"].bool().numpy()):
             sums = ffn_in(site.inner)[0](u[b, i]).relu()[neurons(layer)].sum(-1)
