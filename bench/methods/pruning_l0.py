@@ -37,8 +37,9 @@ class PruningL0(TrainedMethod):
     Every head, neuron and sublayer has a hard-concrete gate (`bench.methods.hard_concrete`). While a target falls from
     1 to the budget, two multipliers hold the expected encoder FLOPs to it, and the gated model learns to answer as the
     teacher does. Then the units that are likeliest open are kept, as many as the budget allows, with their gates
-    multiplied into the weights, and the smaller model is tuned for the rest of the steps. What is left out of CoFi:
-    gates on the residual stream, and the learned match of layers, which a student of the teacher's depth does not need.
+    multiplied into the weights (a shut one that the budget still pays for starts from zero output weights), and the
+    smaller model is tuned for the rest of the steps. What is left out of CoFi: gates on the residual stream, and the
+    learned match of layers, which a student of the teacher's depth does not need.
 
     Attributes
     ----------

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from bench.backbones.catalogue import spec_of
@@ -21,6 +23,7 @@ from bench.config import RunConfig
 from bench.context import RunContext, Teacher
 from bench.costing import check_budget, measure_cost
 from bench.measure.closed_form import layer_macs, remaining
+from bench.methods import hard_concrete
 from bench.methods.base import Work
 from bench.methods.budget import UnitCosts
 from bench.methods.hard_concrete import Gates
@@ -33,6 +36,7 @@ from bench.training import stage
 from bench.training.distill import distill
 from bench.training.loop import Checkpoint
 from bench.training.stage import model_inputs
+from bench.training.student import WEIGHTS_FILE
 from bench.training.teacher import get_teacher
 from tests.checkpoints import Family, context, quick_config, task_file, tiny_checkpoint, tiny_model, tokens
 
@@ -205,8 +209,18 @@ def test_a_budget_that_leaves_all_leaves_the_teacher(world: World) -> None:
 
 def test_training_takes_the_expected_flops_to_the_budget(bert: World) -> None:
     ctx = bert.context(steps=121, prune_share=0.99)
+    get_teacher(ctx)
+    optimizers: list[Any] = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: optimizers.append(optimizer))
     student, _ = compress(ctx)
-    history = ctx.stages[1].history
+    hook.remove()
+    weights, gates, multipliers = optimizers[0].param_groups
+    assert [gates["lr"] / weights["lr"], multipliers["lr"] / weights["lr"]] == pytest.approx([3000, 300])
+    assert weights["weight_decay"] and not gates["weight_decay"] and not multipliers["weight_decay"]
+    assert [p.shape for p in gates["params"]] == [(2, 4), (2, 512), (2, 2)]
+    # whatever the sign of the gap, its square raises the second
+    assert multipliers["params"][0][1] > hard_concrete.PENALTY_START + 0.1
+    history = next(s.history for s in ctx.stages if s.name == "prune")
     assert history[0]["remaining"] > 0.95 and history[0]["target"] > 0.9
     assert history[-1]["target"] == pytest.approx(ctx.budget)
     assert history[-1]["remaining"] == pytest.approx(ctx.budget, abs=0.03)
@@ -277,17 +291,39 @@ def test_a_kill_in_either_stage_changes_nothing(
 
 
 def test_tuning_starts_from_the_stored_structure(bert: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a tuning step the student is the stored structure, whose gates are multiplied in."""
+    """Without a step of tuning the student is what was stored, which training has moved away from the teacher."""
     monkeypatch.setattr(PruningL0, "_stages", lambda self, steps: (steps, 0))
     ctx = bert.context("only-pruned", steps=20)
     student, teacher = compress(ctx)
+    assert [s.name for s in ctx.stages] == ["teacher", "prune"]
     stored = ctx.cache.find("structure", ctx.identity)
     assert stored is not None
     structure = Structure.from_json(stored.meta["structure"])
     pairs = zip(structure.heads, structure.neurons, strict=True)
     assert shape_of(student) == [(len(heads), len(neurons)) for heads, neurons in pairs]
-    assert [s.name for s in ctx.stages] == ["teacher", "prune"]
-    assert not torch.allclose(student(**INPUTS).logits, teacher.model(**INPUTS).logits, atol=1e-3)
+    weights, own = load_file(stored.folder / WEIGHTS_FILE), dict(student.named_parameters())
+    assert weights.keys() == own.keys() and all(torch.equal(own[name], weights[name]) for name in own)
+    assert not torch.equal(student.model.classifier.weight, teacher.model.model.classifier.weight)
+
+
+def test_gates_are_multiplied_into_what_is_stored(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit and its sublayer, both at sigmoid(1) x 1.2 - 0.1, scale what a kept unit gives and not the bias."""
+    for start in ("UNIT_START", "SUBLAYER_START"):
+        monkeypatch.setattr(hard_concrete, start, 1.0)
+    ctx = world.context("half-open", steps=0)
+    student, teacher = compress(ctx)
+    stored = ctx.cache.find("structure", ctx.identity)
+    assert stored is not None
+    structure = Structure.from_json(stored.meta["structure"])
+    factor = (1.2 / (1 + math.exp(-1)) - 0.1) ** 2
+    pairs = zip(written_encoder(student).layers, written_encoder(write_out(teacher.model)).layers, strict=True)
+    for (new, old), heads, neurons in zip(pairs, structure.heads, structure.neurons, strict=True):
+        assert isinstance(new, EncoderLayer) and isinstance(old, EncoderLayer)
+        columns = [8 * head + i for head in heads for i in range(8)]
+        outs = (new.attention.o, old.attention.o, columns), (ffn_out(new.ffn), ffn_out(old.ffn), list(neurons))
+        for mine, whole, kept in outs:
+            torch.testing.assert_close(mine.weight, factor * whole.weight[:, kept])
+            assert mine.bias is None or torch.equal(mine.bias, whole.bias)
 
 
 SETTINGS: list[dict[str, Any]] = [{"prune_share": 0.8}, {"target_warmup": 0.1}, {"gate_lr": 0.05}, {"lr": 5e-3}]
