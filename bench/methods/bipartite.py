@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.backbones.encoder import AroundFFN, Seen, Tokens, TokenStep
-from bench.methods.merging import OFFSET, PROTECTED
+from bench.methods.merging import PROTECTED, Counts
 
 # T5's first layer knows no places, so that a word that comes twice has two partners of the same similarity. One of them
 # must win whatever rounding does, which differs with the batch: each next one is this much less similar.
@@ -122,6 +122,7 @@ def merge(tokens: Tokens, into: Tensor) -> Tokens:
         index=where if tokens.index is None else follow(tokens.index, where),
         size=size,
         bias=None,
+        length=tokens.real_length(),
     )
 
 
@@ -165,9 +166,9 @@ def protected(mask: Tensor, special: Tensor | None, count: int | Tensor = PROTEC
     return special & (special.cumsum(1) <= torch.as_tensor(count, device=mask.device).reshape(-1, 1))
 
 
-def merged_by(share: float, n: Tensor, layers: int) -> Tensor:
-    """Do for lengths, (B,), what `bench.methods.merging.merged_by` does for one; in float64, to the same number."""
-    return (share * (n * layers).double() + OFFSET).floor().long()
+def counted(counts: Counts, layer: int, n: Tensor) -> Tensor:
+    """Look up what a layer leaves of inputs of these lengths, (B,)."""
+    return torch.tensor([counts(length)[layer] if length else 0 for length in n.tolist()], device=n.device)
 
 
 class MergeStep(TokenStep):
@@ -176,21 +177,18 @@ class MergeStep(TokenStep):
     Parameters
     ----------
     layer
-        Number of the layer, from 1.
-    share
-        Share of an input's tokens that each layer merges away.
+        Number of the layer, from 0.
+    counts
+        How many vectors each layer leaves.
     """
 
-    def __init__(self, layer: int, share: float) -> None:
+    def __init__(self, layer: int, counts: Counts) -> None:
         super().__init__()
-        self.layer, self.share = layer, share
+        self.layer, self.counts = layer, counts
 
     def forward(self, tokens: Tokens, seen: Seen) -> Tokens:
-        """Merge; how much depends on the length of each example alone."""
-        n = tokens.mask.sum(1)
-        whole = n if tokens.size is None else (tokens.size * tokens.mask).sum(1).round().long()
-        wanted = n - (whole - merged_by(self.share, whole, self.layer))
-        merges = torch.minimum(wanted, (n - PROTECTED).clamp_min(0) // 2)
+        """Merge as many as the length of each example asks for."""
+        merges = tokens.mask.sum(1) - counted(self.counts, self.layer, tokens.real_length())
         if not merges.any():
             return tokens
         apart = protected(tokens.mask, tokens.special)
@@ -205,21 +203,20 @@ class MergedFFN(AroundFFN):
     inner
         The backbone's FFN.
     layer
-        Number of the layer, from 1.
-    share
-        Share of an input's tokens that get no row of their own, on average over the layers.
+        Number of the layer, from 0.
+    counts
+        How many rows each layer runs on.
     """
 
-    def __init__(self, inner: nn.Module, layer: int, share: float) -> None:
+    def __init__(self, inner: nn.Module, layer: int, counts: Counts) -> None:
         super().__init__(inner)
-        self.layer, self.share = layer, share
+        self.layer, self.counts = layer, counts
 
     def forward(self, u: Tensor, tokens: Tokens, seen: Seen | None) -> Tensor:
         """Map the FFN's input u, (B, n, d), to its output, (B, n, d)."""
         mask, n = tokens.mask, tokens.mask.sum(1)
-        upper, lower = (merged_by(self.share, n, layers) for layers in (self.layer, self.layer - 1))
-        rows = (n - (upper - lower)).clamp_min(1)
-        if not (rows < n).any():
+        rows = counted(self.counts, self.layer, n)
+        if torch.equal(rows, n):
             out: Tensor = self.inner(u)
             return out
         # a layer without heads has no keys

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from bench.backbones.spec import BackboneSpec
 from bench.measure.closed_form import layer_macs
-from bench.methods.merging import PROTECTED, Merging, matching_macs, merged_by
+from bench.methods.merging import PROTECTED, Counts, Merging, matching_macs, merged_by
 
 if TYPE_CHECKING:
     from bench.backbones.encoder import Encoder
@@ -40,23 +40,23 @@ class FFNTokenMerging(Merging):
     knob = "share of an input's vectors that get no FFN row of their own"
     limit = "the attention stays whole, and each FFN runs on at least one row"
 
-    def rows(self, spec: BackboneSpec, n: int, share: float) -> list[int]:
-        """Return on how many rows the FFN of each layer runs for an input of ``n`` tokens."""
-        merged = [merged_by(share, n, layer) for layer in range(spec.encoder_layers + 1)]
+    def counts(self, spec: BackboneSpec, n: int, share: float) -> list[int]:
+        """Return on how many rows the FFN of each layer runs for ``n`` vectors."""
+        merged = [merged_by(share, n, layers) for layers in range(spec.encoder_layers + 1)]
         return [max(1, n - (upper - lower)) for lower, upper in pairwise(merged)]
 
     def macs(self, spec: BackboneSpec, n: int, share: float) -> int:
         """MACs of the encoder, the matching included, on one unpadded input of ``n`` tokens."""
         return sum(
             layer_macs(spec, n, n, rows) + sum(matching_macs(spec, left) for left in rounds(n, rows))
-            for rows in self.rows(spec, n, share)
+            for rows in self.counts(spec, n, share)
         )
 
-    def attach(self, encoder: Encoder, share: float) -> None:
+    def attach(self, encoder: Encoder, counts: Counts) -> None:
         """Put a merging and its undoing around every FFN."""
         from bench.backbones.encoder import EncoderLayer
         from bench.methods.bipartite import MergedFFN
 
-        for i, layer in enumerate(encoder.layers, start=1):
+        for i, layer in enumerate(encoder.layers):
             assert isinstance(layer, EncoderLayer)
-            layer.ffn = MergedFFN(layer.ffn, i, share)
+            layer.ffn = MergedFFN(layer.ffn, i, counts)

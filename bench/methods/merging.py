@@ -1,11 +1,12 @@
-"""What methods that merge similar vectors have in common: a share that meets the budget, and training only if asked."""
+"""What methods that merge similar vectors have in common: a schedule that meets the budget, and training if asked."""
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import abstractmethod
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,7 +15,7 @@ from bench.backbones.spec import BackboneSpec
 from bench.errors import Unreachable
 from bench.measure.closed_form import layer_macs, remaining
 from bench.methods.base import Setting, Work
-from bench.methods.budget import off_budget, refusal
+from bench.methods.budget import refusal
 from bench.methods.trained import TrainedMethod
 from bench.tasks.spec import TaskSpec
 
@@ -24,26 +25,28 @@ if TYPE_CHECKING:
     from bench.context import RunContext, Teacher
     from bench.tasks.data import TaskData
 
+Counts = Callable[[int], list[int]]
+"""Real tokens of an input -> how many of its vectors, or FFN rows, each layer leaves."""
+
 PROTECTED = 3
 """Special tokens of one input that stay apart, the first ones: BERT has two or three, T5 one or two.
 
 Text may spell out more of them. Were those spared too, an input's cost would depend on more than its length.
 """
 
+_OFFSET = (5**0.5 - 1) / 2
+"""Added before rounding down: irrational, so that a rising share takes a vector from one layer at a time."""
+
 _STEPS = 100_000
 """Shares that are tried, from 0 to 1; far finer than one vector in one layer."""
 
-_EXACT = 0.01
-"""Relative distance from the budget that needs no note."""
-
-
-OFFSET = (5**0.5 - 1) / 2
-"""Added before rounding down: irrational, so that a rising share takes a vector from one layer at a time."""
+_CLOSE = 0.01
+"""Relative distance from the budget for which whole vectors give no reason."""
 
 
 def merged_by(share: float, n: int, layers: int) -> int:
     """Return how many of ``n`` vectors the first ``layers`` layers are to merge away, if each merges a ``share``."""
-    return math.floor(share * (n * layers) + OFFSET)
+    return math.floor(share * (n * layers) + _OFFSET)
 
 
 def matching_macs(spec: BackboneSpec, n: int) -> int:
@@ -53,7 +56,10 @@ def matching_macs(spec: BackboneSpec, n: int) -> int:
 
 @dataclass(frozen=True)
 class Merging(TrainedMethod):
-    """A method that merges similar vectors of the unchanged backbone, by how much one share says.
+    """A method that merges similar vectors of the backbone as it is.
+
+    How much is merged depends on an input's length alone: as much as lets it cost what the budget allows an input of
+    that length, so that the budget is met on any mixture of lengths.
 
     Attributes
     ----------
@@ -67,46 +73,53 @@ class Merging(TrainedMethod):
 
     finetune: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.finetune:
-            # of this very instance: a run's identity asks the method as it was built
-            object.__setattr__(self, "uses", frozenset({"ratio"}))
+    @abstractmethod
+    def counts(self, spec: BackboneSpec, n: int, share: float) -> list[int]:
+        """Return what each layer leaves of ``n`` vectors if it is to merge a ``share`` of them."""
 
     @abstractmethod
     def macs(self, spec: BackboneSpec, n: int, share: float) -> int:
         """MACs of the encoder, the matching included, on one unpadded input of ``n`` tokens; falls with ``share``."""
 
     @abstractmethod
-    def attach(self, encoder: Encoder, share: float) -> None:
+    def attach(self, encoder: Encoder, counts: Counts) -> None:
         """Let every layer of ``encoder`` merge."""
+
+    def share(self, spec: BackboneSpec, ratio: int, n: int) -> float:
+        """Return the share with which an input of ``n`` tokens costs what is nearest to the budget."""
+        dense = spec.encoder_layers * layer_macs(spec, n, n, n)
+        wanted = max(remaining(spec, ratio, {n: 1}) * dense, self.macs(spec, n, 1.0))
+        step = bisect_left(range(_STEPS), True, key=lambda step: self.macs(spec, n, step / _STEPS) <= wanted)
+        near = [step / _STEPS, max(0, step - 1) / _STEPS]
+        return min(near, key=lambda share: abs(self.macs(spec, n, share) - wanted))
+
+    def reads(self) -> frozenset[str]:
+        """Leave out the budget of a training that is left out."""
+        return self.uses if self.finetune else frozenset({"ratio"})
 
     def skip(self, backbone: BackboneSpec, task: TaskSpec, ratio: float | None) -> str | None:
         """Refuse a ratio that names no budget."""
         return refusal(self.name, ratio)
 
     def setting(self, backbone: BackboneSpec, ratio: float | None, lengths: Mapping[int, int]) -> Setting:
-        """Return the least share that meets the budget."""
-        budget = remaining(backbone, int(ratio or 0), lengths)
+        """Return the mean share; what remains is the sum of what each length costs by its own."""
+        k = int(ratio or 0)
+        budget = remaining(backbone, k, lengths)
         dense = sum(times * backbone.encoder_layers * layer_macs(backbone, n, n, n) for n, times in lengths.items())
-
-        def left(share: float) -> float:
-            return sum(times * self.macs(backbone, n, share) for n, times in lengths.items()) / dense
-
-        if left(1.0) > budget:
+        floor = sum(times * self.macs(backbone, n, 1.0) for n, times in lengths.items()) / dense
+        if floor > budget:
             raise Unreachable(
-                f"{self.name} leaves at least {left(1.0):.1%} of the encoder's FLOPs, more than the {budget:.1%} asked "
+                f"{self.name} leaves at least {floor:.1%} of the encoder's FLOPs, more than the {budget:.1%} asked "
                 f"for: {self.limit}"
             )
-        share = bisect_left(range(_STEPS), True, key=lambda step: left(step / _STEPS) <= budget) / _STEPS
-        met = left(share)
-        near = abs(met / budget - 1) <= _EXACT
-        return Setting(
-            {"share": share},
-            met,
-            added=0,
-            note="" if near else off_budget("whole numbers of merged vectors", met, budget),
+        shares = {n: self.share(backbone, k, n) for n in lengths}
+        left = sum(times * self.macs(backbone, n, shares[n]) for n, times in lengths.items()) / dense
+        mean = sum(times * shares[n] for n, times in lengths.items()) / sum(lengths.values())
+        note = (
+            f"{left:.1%} of the encoder's FLOPs remain, the nearest to the {budget:.1%} asked for that whole vectors "
+            f"give at each length{f'; {self.limit}' if left > budget else ''}"
         )
+        return Setting({"share": mean}, left, added=0, note=note if abs(left / budget - 1) > _CLOSE else "")
 
     def work(self, steps: int, batch_size: int) -> list[Work]:
         """Return the training if there is one."""
@@ -122,12 +135,12 @@ class Merging(TrainedMethod):
         from bench.measure.size import count_parameters
         from bench.training.student import get_student, own_copy
 
-        tokenizer = ctx.tokenizer
+        spec, tokenizer, k = ctx.spec, ctx.tokenizer, int(ctx.config.ratio or 0)
 
         def merging(model: TaskModel) -> TaskModel:
             encoder = written_encoder(model)
             encoder.protect([token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id])
-            self.attach(encoder, ctx.setting.knob["share"])
+            self.attach(encoder, functools.cache(lambda n: self.counts(spec, n, self.share(spec, k, n))))
             return model
 
         def make(checkpoint: Path) -> tuple[TaskModel, dict[str, Any]]:

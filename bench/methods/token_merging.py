@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from bench.backbones.spec import BackboneSpec
 from bench.measure.closed_form import layer_macs
-from bench.methods.merging import PROTECTED, Merging, matching_macs, merged_by
+from bench.methods.merging import PROTECTED, Counts, Merging, matching_macs, merged_by
 
 if TYPE_CHECKING:
     from bench.backbones.encoder import Encoder
@@ -31,26 +31,27 @@ class TokenMerging(Merging):
     knob = "share of an input's vectors that each encoder layer merges away"
     limit = "a layer can merge away no more than every other vector"
 
-    def vectors(self, spec: BackboneSpec, n: int, share: float) -> list[int]:
-        """Return how many vectors an input of ``n`` tokens has at first and behind the attention of each layer."""
-        left = [n]
+    def counts(self, spec: BackboneSpec, n: int, share: float) -> list[int]:
+        """Return how many of ``n`` vectors there are behind the attention of each layer."""
+        left, counts = n, []
         for layer in range(1, spec.encoder_layers + 1):
-            most = max(0, left[-1] - PROTECTED) // 2
-            left.append(max(n - merged_by(share, n, layer), left[-1] - most))
-        return left
+            most = max(0, left - PROTECTED) // 2
+            left = max(n - merged_by(share, n, layer), left - most)
+            counts.append(left)
+        return counts
 
     def macs(self, spec: BackboneSpec, n: int, share: float) -> int:
         """MACs of the encoder, the matching included, on one unpadded input of ``n`` tokens."""
         return sum(
             layer_macs(spec, before, before, after) + (matching_macs(spec, before) if after < before else 0)
-            for before, after in pairwise(self.vectors(spec, n, share))
+            for before, after in pairwise([n, *self.counts(spec, n, share)])
         )
 
-    def attach(self, encoder: Encoder, share: float) -> None:
+    def attach(self, encoder: Encoder, counts: Counts) -> None:
         """Put a merging step into every layer."""
         from bench.backbones.encoder import EncoderLayer
         from bench.methods.bipartite import MergeStep
 
-        for i, layer in enumerate(encoder.layers, start=1):
+        for i, layer in enumerate(encoder.layers):
             assert isinstance(layer, EncoderLayer)
-            layer.step = MergeStep(i, share)
+            layer.step = MergeStep(i, counts)
