@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,9 +19,8 @@ from bench.backbones.write_out import written_encoder
 from bench.context import RunContext
 from bench.costing import EVALUATION_BATCH_SIZE
 from bench.errors import Unreachable
-from bench.measure.closed_form import remaining
+from bench.measure.closed_form import layer_macs, remaining
 from bench.methods.attention_importance import importance, presence
-from bench.methods.token_dropping import below_floor, dense_macs, macs
 from bench.tasks.evaluation import batches
 from bench.tasks.features import Feature, collate
 from bench.training.stage import model_inputs
@@ -115,9 +115,15 @@ def counted(encoder: Encoder) -> Iterator[list[Tensor]]:
 
 
 def share_of(counts: Sequence[Tensor], ctx: RunContext) -> Tensor:
-    """Return the share of the encoder's FLOPs that examples cost together, from what `counted` gives."""
-    left: Tensor = macs(ctx.spec, counts).sum() / dense_macs(ctx.spec, counts[0]).sum()
-    return left
+    """Return the share of the encoder's FLOPs that examples cost together, from what `counted` gives.
+
+    Attention runs on the vectors that come in, the FFN on those that stay; the arithmetic takes tensors as it does
+    numbers, and fractions of vectors too.
+    """
+    macs: Any = layer_macs
+    left = torch.stack([macs(ctx.spec, n, n, stay).sum() for n, stay in itertools.pairwise(counts)]).sum()
+    dense: Tensor = macs(ctx.spec, *[counts[0]] * 3).sum() * ctx.spec.encoder_layers
+    return left / dense
 
 
 @torch.inference_mode()
@@ -178,6 +184,9 @@ def calibrate(model: TaskModel, features: Sequence[Feature], ctx: RunContext) ->
         brentq(gap, near, far, xtol=1e-4)
     best = min(shares, key=lambda offset: abs(shares[offset] - budget))
     if gap(best) > 0 and far >= FARTHEST:
-        raise Unreachable(below_floor(shares[best], budget))
+        raise Unreachable(
+            f"the first attention, and the tokens that no threshold removes, leave {shares[best]:.1%} of the encoder's "
+            f"FLOPs, more than the {budget:.1%} asked for"
+        )
     shift(best)
     return shares[best]

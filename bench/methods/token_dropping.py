@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,15 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.backbones.spec import BackboneSpec
-from bench.errors import Unreachable
-from bench.measure.closed_form import layer_macs, remaining
+from bench.measure.closed_form import remaining
 from bench.methods.base import Positive, Setting, Share, Work
 from bench.methods.budget import off_budget, refusal
 from bench.methods.trained import TrainedMethod
 from bench.tasks.spec import TaskSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from bench.backbones.model import TaskModel
     from bench.context import RunContext, Teacher
@@ -27,36 +25,11 @@ if TYPE_CHECKING:
     from bench.tasks.features import Feature
     from bench.training.loop import Group
 
-MULTIPLIER_SPEED = 10
-"""Learning rate of the multipliers, in units of that of the thresholds' logarithms."""
-
 MULTIPLIERS = 2
 """Parameters of the multipliers that hold the soft stage to the budget."""
 
 ROUGH = 256
 """Examples on which thresholds are calibrated while training is to go on; in the end it is the whole split."""
-
-
-def macs(spec: BackboneSpec, counts: Sequence[Any]) -> Any:
-    """Return the encoder's MACs on examples that have ``counts[l]`` vectors behind layer l, ``counts[0]`` at the start.
-
-    Each entry is a number, or a tensor with one for each example. Attention runs on the vectors that come in, the FFN
-    on those that stay.
-    """
-    return sum(layer_macs(spec, n, n, stay) for n, stay in itertools.pairwise(counts))
-
-
-def dense_macs(spec: BackboneSpec, n: Any) -> Any:
-    """Return the encoder's MACs on examples of ``n`` tokens none of which is removed."""
-    return spec.encoder_layers * layer_macs(spec, n, n, n)
-
-
-def below_floor(floor: float, budget: float) -> str:
-    """Return why a budget cannot be met."""
-    return (
-        f"the first attention, and the vectors that no threshold removes, leave {floor:.1%} of the encoder's FLOPs, "
-        f"more than the {budget:.1%} asked for"
-    )
 
 
 @dataclass(frozen=True)
@@ -88,7 +61,7 @@ class TokenDropping(TrainedMethod):
     soft
         Share of the steps that train thresholds; the others tune the weights for them.
     threshold_lr
-        Peak learning rate of the logarithms of the thresholds.
+        Peak learning rate of the logarithms of the thresholds, and of the multipliers.
     gate_temperature
         Distance of an importance from the threshold, in equal shares of the input, over which a sigmoid removes it.
     """
@@ -112,13 +85,12 @@ class TokenDropping(TrainedMethod):
         return refusal(self.name, ratio)
 
     def setting(self, backbone: BackboneSpec, ratio: float | None, lengths: Mapping[int, int]) -> Setting:
-        """Return the target: which thresholds meet it, only weights and data tell."""
+        """Return the target: which thresholds meet it, only weights and data tell.
+
+        No ratio asks for less than one vector behind the first attention, the fewest that thresholds can leave; where
+        special tokens are more than a budget allows, `compress` says so.
+        """
         budget = remaining(backbone, int(ratio or 0), lengths)
-        dense = sum(times * dense_macs(backbone, n) for n, times in lengths.items())
-        ones = [1] * backbone.encoder_layers
-        floor = sum(times * macs(backbone, [n, *ones]) for n, times in lengths.items()) / dense
-        if budget < floor:
-            raise Unreachable(below_floor(floor, budget))
         target = min(1.0, budget)
         return Setting(
             {"target": target}, target, added=backbone.encoder_layers, note=off_budget("all vectors", target, budget)
@@ -195,10 +167,9 @@ class TokenDropping(TrainedMethod):
         from bench.backbones.write_out import written_encoder
         from bench.methods.hard_concrete import Multipliers
         from bench.methods.thresholds import counted, share_of, softly
-        from bench.training.loop import Group
 
         multipliers, target = Multipliers().to(ctx.device), min(1.0, ctx.budget)
-        trained = [*self._groups(student), Group(list(multipliers.parameters()), self._scale * MULTIPLIER_SPEED, 0.0)]
+        trained = self._groups(student, *multipliers.parameters())
         with softly(student, self.gate_temperature), counted(written_encoder(student)) as counts:
 
             def penalty(step: int, _: Any) -> tuple[Tensor, dict[str, float]]:
@@ -246,19 +217,15 @@ class TokenDropping(TrainedMethod):
                 penalty=penalty,
             )
 
-    def _groups(self, student: TaskModel) -> list[Group]:
-        """Return the weights, and the thresholds with a rate of their own."""
+    def _groups(self, student: TaskModel, *more: nn.Parameter) -> list[Group]:
+        """Return the weights, and the thresholds and ``more`` with a rate of their own."""
         from bench.methods.thresholds import thresholds_of
         from bench.training.loop import Group
 
         thresholds = [step.log_threshold for step in thresholds_of(student)]
         own = {id(threshold) for threshold in thresholds}
         weights = [parameter for parameter in student.parameters() if id(parameter) not in own]
-        return [Group(weights), Group(thresholds, self._scale, 0.0)]
-
-    @property
-    def _scale(self) -> float:
-        return self.threshold_lr / self.lr
+        return [Group(weights), Group([*thresholds, *more], self.threshold_lr / self.lr, weight_decay=0.0)]
 
 
 def _untrained(model: TaskModel, ctx: RunContext) -> TaskModel:
