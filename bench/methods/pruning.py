@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.backbones.spec import BackboneSpec
 from bench.measure.closed_form import remaining
-from bench.methods.base import Method, Positive, PositiveCount, Setting, Work
+from bench.methods.base import Method, Positive, PositiveCount, Setting
 from bench.methods.budget import UnitCosts, off_budget, refusal
 from bench.tasks.spec import TaskSpec
 
@@ -62,10 +62,6 @@ class Pruning(Method):
         budget = remaining(backbone, int(ratio or 0), lengths)
         share = min(1.0, budget)
         return Setting({"macs": round(share, 4)}, share, added=0, note=off_budget("all units", share, budget))
-
-    def work(self, steps: int, batch_size: int) -> list[Work]:
-        """Return the gradients on the calibration examples."""
-        return [Work("calibrate", 1, self.examples, passes=3)]
 
     def compress(self, teacher: Teacher, data: TaskData, ctx: RunContext) -> TaskModel:
         """Prune a copy that shares with the teacher whatever does not change."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bench.backbones.spec import BackboneSpec
 from bench.errors import Unreachable
 from bench.measure.closed_form import remaining
-from bench.methods.base import Positive, PositiveCount, Setting, Work
+from bench.methods.base import Positive, PositiveCount, Setting
 from bench.methods.budget import UnitCosts, off_budget, refusal
 from bench.methods.trained import TrainedMethod
 from bench.tasks.spec import TaskSpec
@@ -73,10 +73,6 @@ class WidthDistillation(TrainedMethod):
         note = off_budget(f"{heads} heads and {neurons} neurons a layer", share, budget)
         exact = abs(share / budget - 1) <= ROUNDING
         return Setting({"heads": heads, "neurons": neurons}, share, added=0, note="" if exact else note)
-
-    def work(self, steps: int, batch_size: int) -> list[Work]:
-        """Return the gradients on the calibration examples, and one training with the run's steps."""
-        return [Work("calibrate", 1, self.examples, passes=3), *super().work(steps, batch_size)]
 
     def compress(self, teacher: Teacher, data: TaskData, ctx: RunContext) -> TaskModel:
         """Make a copy of the teacher narrower and train it."""
