@@ -69,9 +69,8 @@ def print_listing(what: str) -> None:
     else:
         from bench.describe import keys
 
-        head("key", "read by", "default", "meaning")
-        for column, width in ((1, 24), (2, 32)):
-            table.columns[column].max_width = width
+        for column, width in (("key", None), ("read by", 24), ("default", 32), ("meaning", None)):
+            table.add_column(column, max_width=width, overflow="fold")
         for key in keys():
             table.add_row(key.name, key.readers, key.default, key.text)
     console().print(table)

@@ -278,18 +278,16 @@ print(json.dumps([name for name in ("torch", "transformers", "datasets", "pandas
         assert not any(own & set(t.parameters) for t in made.trainings), "the teacher's own weights are trained"
 
     def test_it_trains_as_long_as_it_says(self, made: Made) -> None:
-        """The run's steps, and what ``work`` calls shared beside them, were taken, planned and recorded."""
-        ctx = made.prepared.ctx
-        work = ctx.config.build_method().work(ctx.config.steps, ctx.config.batch_size)
+        """What was taken, planned and recorded are the run's steps, beside what ``work`` says that tasks share."""
         if not made.trainings:
             pytest.skip(f"{self.method} trains nothing")
+        ctx = made.prepared.ctx
+        work = ctx.config.build_method().work(ctx.config.steps, ctx.config.batch_size)
         taken, planned = sum(t.steps for t in made.trainings), sum(w.steps for w in work)
         recorded = sum(stage.steps for stage in ctx.stages if stage.name != "teacher")
         assert taken == planned == recorded, f"{taken} steps taken, {planned} in `work`, {recorded} in the result"
-        shared = sum(w.steps for w in work if w.shared)
-        assert taken - shared == ctx.config.steps, (
-            f"{taken - shared} steps on the task, where a run has {ctx.config.steps}"
-        )
+        own = taken - sum(w.steps for w in work if w.shared)
+        assert own == ctx.config.steps, f"{own} steps on the task, where the run has {ctx.config.steps}"
 
     def test_a_frozen_backbone_is_the_teachers_own(self, chosen: type[Method], made: Made) -> None:
         """With ``frozen``, whatever is not the teacher's very tensor belongs to the method."""
