@@ -18,17 +18,15 @@ from bench.measure.flops import Parts, count_dispatched, count_lengths
 from bench.measure.latency import interleaved
 from bench.measure.memory import peak_bytes
 from bench.measure.size import bytes_on_disk, count_bytes, count_parameters
+from bench.methods.base import TOLERANCE
 from bench.results import Cost, CostPair, Flops, Latency, Memory
-from bench.tasks.evaluation import batches
+from bench.tasks.evaluation import EVALUATION_BATCH_SIZE, batches
 from bench.tasks.features import Feature, collate
 from bench.training.stage import model_inputs
 from bench.training.teacher import WEIGHTS_FILE
 
 TIMED_BATCH_SIZES = (1, 32)
 TIMED_LENGTH = 128
-EVALUATION_BATCH_SIZE = 32
-TOLERANCE = 0.02
-"""Largest relative distance of achieved from requested remaining FLOPs for which no reason is needed."""
 
 
 def parts_of(model: TaskModel) -> Parts:

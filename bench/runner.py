@@ -230,10 +230,10 @@ def _execute(cell: Cell, store: ResultStore, where: Surroundings, progress: Prog
 
     from bench.backbones.load import load_tokenizer
     from bench.context import RunContext
-    from bench.costing import EVALUATION_BATCH_SIZE, check_budget, measure_cost, measure_speed
+    from bench.costing import check_budget, measure_cost, measure_speed
     from bench.tasks.data import load_task, sample
     from bench.tasks.encoding import encode
-    from bench.tasks.evaluation import evaluate
+    from bench.tasks.evaluation import EVALUATION_BATCH_SIZE, evaluate
     from bench.training.teacher import get_teacher, teacher_evaluation
 
     config = cell.config

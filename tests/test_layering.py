@@ -33,7 +33,7 @@ ARROWS = {
     "tasks": "errors results tasks.spec",
     "backbones": "errors backbones.spec tasks tasks.spec",
     "measure": "errors results backbones.spec",
-    "plugins": "version errors backbones backbones.spec",
+    "plugins": "version errors backbones backbones.spec measure",
     "context": f"{_CONTRACTS} {_PARTS} artifacts",
     "training": f"{_CONTRACTS} {_PARTS} plugins context",
     "costing": f"{_CONTRACTS} {_PARTS} plugins context training",

@@ -29,6 +29,9 @@ Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(gt=0)]
 """Ranges of hyper-parameters; pydantic checks them when a method is built from options."""
 
+TOLERANCE = 0.02
+"""Largest relative distance of achieved from requested remaining FLOPs for which no reason is needed."""
+
 
 @functools.cache
 def _adapter(cls: type[Method]) -> TypeAdapter[Method]:

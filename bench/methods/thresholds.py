@@ -17,11 +17,10 @@ from bench.backbones.encoder import Encoder, Seen, Tokens, TokenStep
 from bench.backbones.model import TaskModel
 from bench.backbones.write_out import written_encoder
 from bench.context import RunContext
-from bench.costing import EVALUATION_BATCH_SIZE
 from bench.errors import Unreachable
 from bench.measure.closed_form import layer_macs, remaining
 from bench.methods.attention_importance import importance, presence
-from bench.tasks.evaluation import batches
+from bench.tasks.evaluation import EVALUATION_BATCH_SIZE, batches
 from bench.tasks.features import Feature, collate
 from bench.training.stage import model_inputs
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.backbones.spec import BackboneSpec
 from bench.measure.closed_form import remaining
-from bench.methods.base import Positive, Setting, Share, Work
+from bench.methods.base import TOLERANCE, Positive, Setting, Share, Work
 from bench.methods.budget import off_budget, refusal
 from bench.methods.trained import TrainedMethod
 from bench.tasks.spec import TaskSpec
@@ -103,7 +103,6 @@ class TokenDropping(TrainedMethod):
 
     def compress(self, teacher: Teacher, data: TaskData, ctx: RunContext) -> TaskModel:
         """Learn thresholds with soft gates, tune a copy of the teacher with the tokens removed, and calibrate it."""
-        from bench.costing import TOLERANCE
         from bench.measure.size import count_parameters
         from bench.methods.thresholds import budget_of, calibrate, share_left, thresholds_of
         from bench.training.student import get_student

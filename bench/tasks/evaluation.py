@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 MAX_NEW_TOKENS = 32
+EVALUATION_BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def predict(
     spec: TaskSpec,
     family: Family,
     tokenizer: PreTrainedTokenizerBase,
-    batch_size: int = 32,
+    batch_size: int = EVALUATION_BATCH_SIZE,
     device: torch.device | str = "cpu",
     on_batch: Callable[[int], None] | None = None,
 ) -> Predictions:
@@ -141,7 +142,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     *,
     split: Literal["selection", "dev"] = "dev",
-    batch_size: int = 32,
+    batch_size: int = EVALUATION_BATCH_SIZE,
     device: torch.device | str = "cpu",
     resamples: int = 1000,
     on_batch: Callable[[int], None] | None = None,

@@ -24,11 +24,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from bench.backbones.catalogue import spec_of
 from bench.backbones.encoder import Overhead
 from bench.backbones.model import TaskModel, TaskOutput
-from bench.costing import TOLERANCE, check_budget, depends_on_input, measure_cost, parts_of
+from bench.costing import check_budget, depends_on_input, measure_cost, parts_of
 from bench.describe import EXAMPLES, attributes
 from bench.errors import ConfigError, Unreachable
 from bench.measure.flops import count, count_dispatched
-from bench.methods.base import Method
+from bench.methods.base import TOLERANCE, Method
 from bench.registry import METHOD_GROUP, methods
 from bench.tasks.spec import Kind
 from bench.testing.case import KINDS, Case, Prepared, answers, elsewhere, skip_reason
