@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import select
+import signal
 import struct
 import termios
 import threading
@@ -27,11 +29,14 @@ class Command:
     process: BaseProcess
     folder: Path
     at: Path
+    copier: threading.Thread | None = None
 
     def wait(self) -> int:
         """Wait for the end and return the exit code; a signal's is negative."""
         self.process.join(PATIENCE)
         assert self.process.exitcode is not None, f"still running after {PATIENCE} s: {self.err}"
+        if self.copier:
+            self.copier.join(PATIENCE)
         return self.process.exitcode
 
     @property
@@ -62,14 +67,20 @@ def launch(words: Sequence[str | Path], at: Path, terminal: bool = False) -> Com
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     name = Path(os.ttyname(slave))
     process = start(_bench, arguments, at, name, name)
-    threading.Thread(target=_copy, args=(master, out), daemon=True).start()
-    return Command(process, folder, at)
+    copier = threading.Thread(target=_copy, args=(master, out, process), daemon=True)
+    copier.start()
+    return Command(process, folder, at, copier)
 
 
-def _copy(terminal: int, to: Path) -> None:
+def _copy(terminal: int, to: Path, process: BaseProcess) -> None:
+    """Copy what ``process`` prints, to its last word."""
     with to.open("ab", buffering=0) as file:
         while True:
-            file.write(os.read(terminal, 65536))
+            alive = process.is_alive()  # before the look: what a process that has ended said is there to be read
+            if select.select([terminal], [], [], 0.05)[0]:
+                file.write(os.read(terminal, 65536))
+            elif not alive:
+                return
 
 
 def bench(words: Sequence[str | Path], at: Path) -> tuple[int, Command]:
@@ -80,6 +91,8 @@ def bench(words: Sequence[str | Path], at: Path) -> tuple[int, Command]:
 
 def _bench(arguments: list[str], at: Path, out: Path, err: Path) -> None:
     os.chdir(at)
+    # tests that run in the background of a shell inherit that Ctrl-C is ignored, which a user's command does not
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["TERM"] = "xterm-256color"
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY), descriptor)

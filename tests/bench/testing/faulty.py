@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -327,7 +328,10 @@ class TrainsAgain(Trained):
     fails = frozenset({"test_it_comes_back_from_the_cache"})
 
     def compress(self, teacher: Any, data: Any, ctx: Any) -> Any:
-        model, _ = self.make(teacher, ctx, ctx.cache.root / "none.pt")
+        from bench.results import TrainingStage
+
+        model, notes = self.make(teacher, ctx, ctx.cache.root / "none.pt")
+        ctx.stages += [TrainingStage(**stage, artifact="none", cached=False) for stage in notes["stages"]]
         ctx.trained_parameters, ctx.bytes_added = sum(p.numel() for p in model.parameters()), 1
         return model.eval().requires_grad_(False)
 
@@ -346,7 +350,7 @@ class Remembers(Trained):
         import torch
 
         model = super().compress(teacher, data, ctx)
-        scale = _MEMORY.setdefault("scale", 1 + os.getpid() / 1e7)
+        scale = _MEMORY.setdefault("scale", 1 + random.SystemRandom().random())
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(scale)
