@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,8 @@ from bench.results import Evaluation, RunResult
 DENSE = "dense"
 NEEDED = ("requested_remaining", "remaining", "saved", "remaining_padded", "remaining_total",
           "parameters_added_percent")  # fmt: skip
+LONGEST_VALUE = 40
+"""Characters of an option's value beyond which a series is named by its beginning and a checksum."""
 AXES = ("task", "backbone", "family", "method", "ratio", "seed")
 
 
@@ -235,7 +238,9 @@ def _series(frame: pd.DataFrame) -> pd.Series:
     identity = [c for c in columns if c.startswith("identity.")] or [c for c in columns if c.startswith("option.")]
     for method, rows in groups(frame, "method"):
         varied = rows.groupby(where, dropna=False)[identity].nunique(dropna=False).max() > 1
-        differing = [key for key in identity if varied[key]]
+        told = frozenset().union(*rows["command"])
+        # what a command gives says more than what follows from it, such as the batch of a training that is left out
+        differing = sorted((key for key in identity if varied[key]), key=lambda key: key.rsplit(".", 1)[-1] not in told)
         wanted, chosen = _groups(rows, [*where, *differing]), list[str]()
         for key in ("option.recipe", *differing):
             if key in rows and _groups(rows, [*where, *chosen]) < min(wanted, _groups(rows, [*where, *chosen, key])):
@@ -245,12 +250,16 @@ def _series(frame: pd.DataFrame) -> pd.Series:
             if _groups(rows, [*where, *others]) >= wanted:
                 chosen = others
         shown = [key.rsplit(".", 1)[-1] for key in chosen]
-        settings = list(rows[chosen].itertuples(index=False, name=None))
+        # an identity leaves out what plays no part, which the configuration still names
+        values = [
+            f"option.{name}" if f"option.{name}" in rows else key for name, key in zip(shown, chosen, strict=True)
+        ]
+        settings = list(rows[values].itertuples(index=False, name=None))
         given = [tuple(name in command for name in shown) for command in rows["command"]]
-        brief = [_named(str(method), shown, values, which) for values, which in zip(settings, given, strict=True)]
+        brief = [_named(str(method), shown, *pair) for pair in zip(settings, given, strict=True)]
         alike = len(set(brief)) < len(set(settings))
-        for index, name, values in zip(rows.index, brief, settings, strict=True):
-            names[index] = _named(str(method), shown, values, (True,) * len(shown)) if alike else name
+        for index, name, setting in zip(rows.index, brief, settings, strict=True):
+            names[index] = _named(str(method), shown, setting, (True,) * len(shown)) if alike else name
     return names
 
 
@@ -268,4 +277,4 @@ def _text(value: object) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "default"
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 16 else f"{text[:8]}…"
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 9]}…{crc32(text.encode()):08x}"

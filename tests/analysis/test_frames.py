@@ -111,6 +111,20 @@ def test_options_that_differ_make_series_of_their_own(tmp_path):
     assert found == ["variator", "variator (bottleneck=16)", "variator (bottleneck=16)"]
 
 
+def test_long_values_that_begin_alike_are_told_apart(tmp_path):
+    mixes = [f"all_hidden=1,logits=0.1,task=0.1,last_hidden={share}" for share in (1, 2)]
+    found = series(tmp_path, make_run(), *(make_run(options={"losses": mix}) for mix in mixes))
+    assert len(set(found)) == 3 and found[0] == "variator"
+    assert all(name.startswith("variator (losses=all_hidden=1,logits=0.1,task=0.") for name in found[1:])
+
+
+def test_a_setting_that_was_given_is_named_before_one_that_follows_from_it(tmp_path):
+    without = make_run(options={"pretrain_steps": 0})
+    with_batch = make_run(options={"a_batch": 16})  # part of an identity where there is a training alone
+    with_batch[0].provenance.command = ["bench", "run"]
+    assert series(tmp_path, with_batch, without) == ["variator", "variator (pretrain_steps=0)"]
+
+
 def test_a_default_is_named_where_its_name_would_be_anothers(tmp_path):
     runs = [make_run(), make_run(options={"bottleneck": 16})]
     for result, _ in runs:  # as two versions of the library would, each with a default of its own
