@@ -54,9 +54,8 @@ def drops_figure(rows: pd.DataFrame, backbone: str, styles: dict[str, Look]) -> 
         right.spines["right"].set_visible(False)
         axes.set_title(f"k = {ratio:g}" if pd.notna(ratio) else "without a ratio", loc="left", fontsize=8, color=INK)
     panels[0].set_title("remaining FLOPs", loc="right", fontsize=7, color=FAINT, fontweight="normal")
-    panels[-1].set_xlabel(
-        "points lost against dense; left of 0 is better\nbars: paired 95 % bootstrap over dev examples"
-    )
+    bars = "\nbars: paired 95 % bootstrap over dev examples" if shown["drop_low"].notna().any() else ""
+    panels[-1].set_xlabel(f"points lost against dense; left of 0 is better{bars}")
     task, tasks = rows["task"].iloc[0], int(rows["tasks"].max())
     of = f"average over {tasks} tasks" if task == AVERAGE else task
     figure.suptitle(f"{backbone} · {of}", fontsize=9, fontweight="bold", x=0.02, ha="left")
