@@ -39,11 +39,12 @@ ARROWS = {
     "costing": f"{_CONTRACTS} {_PARTS} plugins context training",
     "methods": f"{_CONTRACTS} {_PARTS} plugins context training",
     "runner": f"{_CONTRACTS} {_PARTS} provenance artifacts context training costing",
+    "tracking": f"{_CONTRACTS} artifacts runner",
     "describe": f"{_CONTRACTS} {_PARTS}",
     "testing": f"{_CONTRACTS} {_PARTS} artifacts context training costing runner describe",
     "analysis": "errors results",
-    "launch": f"{_CONTRACTS} {_PARTS} artifacts runner describe analysis",
-    "cli": "version errors results config runner describe launch",
+    "launch": f"{_CONTRACTS} {_PARTS} artifacts runner tracking describe analysis",
+    "cli": "version errors results config runner tracking describe launch",
 }
 HEAVY = {"torch", "transformers", "datasets", "pandas"}
 

@@ -9,7 +9,8 @@ from bench.config import RunConfig
 from bench.errors import BenchError
 from bench.progress import Progress
 from bench.results import ResultStore, RunResult
-from bench.runner import Mode, Surroundings, run
+from bench.runner import Mode, Surroundings
+from bench.tracking import Tracking, run_tracked
 
 Failure = tuple[RunConfig, str]
 
@@ -25,14 +26,19 @@ class Watcher(Progress, Protocol):
 
 
 def run_all(
-    configs: Iterable[RunConfig], store: ResultStore, where: Surroundings, mode: Mode, watcher: Watcher
+    configs: Iterable[RunConfig],
+    store: ResultStore,
+    where: Surroundings,
+    mode: Mode,
+    watcher: Watcher,
+    tracking: Tracking | None = None,
 ) -> tuple[list[RunResult], list[Failure]]:
     """Run every cell; one that fails does not end the others.
 
     Parameters
     ----------
-    configs, store, where, mode
-        As for ``bench.runner.run``.
+    configs, store, where, mode, tracking
+        As for ``bench.tracking.run_tracked``.
     watcher
         Who watches.
 
@@ -46,7 +52,7 @@ def run_all(
     for index, config in enumerate(configs):
         watcher.begin(index)
         try:
-            result = run(config, store, where, mode, watcher)
+            result = run_tracked(config, store, where, mode, watcher, tracking)
         except (BenchError, OSError) as error:
             failures.append((config, str(error)))
             watcher.finish(index, "error", str(error))
