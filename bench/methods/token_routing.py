@@ -68,7 +68,7 @@ class TokenRouting(TrainedMethod):
     frozen = True
 
     bottleneck: PositiveCount = 64
-    lr: Positive = 1e-3
+    lr: Positive = 3e-4
     weight_decay: NonNegative = 0.0
     losses: str = "all_hidden=1,logits=0.1"
     temperature: Positive = 1.0

@@ -127,7 +127,7 @@ class TopkTokens(TrainedMethod):
     saves = "tokens: attention and FFN rows, more from layer to layer"
     knob = "share of its tokens that a layer keeps"
 
-    lr: Positive = 1e-4
+    lr: Positive = 3e-4
     losses: str = "logits=1,task=0.5"
 
     def skip(self, backbone: BackboneSpec, task: TaskSpec, ratio: float | None) -> str | None:

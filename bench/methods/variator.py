@@ -112,7 +112,7 @@ class Variator(Method):
     pretrain_lr: Positive = 1e-3
     pretrain_losses: str = "all_hidden=1"
     adapt: bool = True
-    lr: Positive = 1e-3
+    lr: Positive = 3e-4
     decay: Literal["linear", "cosine", "constant"] = "linear"
     warmup: Share = 0.05
     weight_decay: NonNegative = 0.0
