@@ -42,6 +42,20 @@ def studies(results_root: Path) -> list[str]:
     return sorted(folder.parent.name for folder in results_root.glob("*/runs") if folder.is_dir())
 
 
+def made_before(folder: Path) -> list[Path]:
+    """Return the tables and figures of a study that are newer than every result, or nothing if any is older.
+
+    Parameters
+    ----------
+    folder
+        ``results/<study>``.
+    """
+    made = [path for kind in ("tables", "figures") for path in sorted((folder / kind).glob("*.*"))]
+    times = [path.stat().st_mtime_ns for path in (folder / "runs").glob("*.json")]
+    complete = {path.parent.name for path in made} == {"tables", "figures"}
+    return made if complete and times and min(path.stat().st_mtime_ns for path in made) > max(times) else []
+
+
 def regenerate(results_root: Path, study: str, formats: Sequence[str] = FORMATS) -> Report:
     """Write ``tables/`` and ``figures/`` of a study from its ``runs/`` and ``predictions/``.
 

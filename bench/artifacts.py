@@ -60,6 +60,10 @@ class ArtifactCache:
         """Return the name of the artifact that ``identity`` makes."""
         return f"{kind}-{hash_of(identity)[:20]}"
 
+    def has(self, key: str) -> bool:
+        """Return whether the artifact of that name is finished."""
+        return (self.root / key / META_FILE).exists()
+
     def find(self, kind: str, identity: Mapping[str, Any]) -> Artifact | None:
         """Return the artifact if it is finished.
 

@@ -210,7 +210,9 @@ _run = click.option("--study", default="runs", show_default=True, help="Study th
 main.add_command(_with_keys(_run))
 
 
-def _sweep(keys: dict[str, str], sweep: str, study: str | None, results: Path, mode: str, **where: Any) -> None:
+def _sweep(
+    keys: dict[str, str], sweep: str, study: str | None, results: Path, mode: str, jobs: int, **where: Any
+) -> None:
     """Run what is missing of a sweep on this machine.
 
     SWEEP is a file or a shipped name. Stop it at any moment and run it again to go on. A key replaces the file's
@@ -219,6 +221,7 @@ def _sweep(keys: dict[str, str], sweep: str, study: str | None, results: Path, m
     \b
     bench sweep sweeps/glue.yaml
     bench sweep glue --task rte --seed 0,1
+    bench sweep glue --jobs 4
     """  # noqa: D301
     from bench.launch.listing import run_and_print
     from bench.launch.sweep import find_sweep, read_sweep
@@ -226,11 +229,21 @@ def _sweep(keys: dict[str, str], sweep: str, study: str | None, results: Path, m
 
     read = read_sweep(find_sweep(sweep), keys, where["data_root"])
     store = ResultStore(results, study or read.study)
-    sys.exit(run_and_print(read.configs, store, _surroundings(**where), mode, summary=True))  # type: ignore[arg-type]
+    sys.exit(
+        run_and_print(read.configs, store, _surroundings(**where), mode, jobs=jobs, summary=True)  # type: ignore[arg-type]
+    )
 
 
 _sweep = click.argument("sweep")(
-    click.option("--study", help="Study that the results go to; that of the sweep.")(_mode(_where(_sweep)))
+    click.option("--study", help="Study that the results go to; that of the sweep.")(
+        click.option(
+            "--jobs",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            help="Cells at once, each a process with its share of the cores and a GPU of its own.",
+        )(_mode(_where(_sweep)))
+    )
 )
 main.add_command(_with_keys(_sweep))
 

@@ -6,27 +6,85 @@ import time
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column
 from rich.text import Text
 
+from bench.launch.front import Fronts, Point
 from bench.launch.plan import DEFAULT_RATE, SECONDS_PER_CELL, PlannedCell
 
 _LINE_SECONDS = 15.0
+_BAD = ("failed", "diverged", "interrupted", "error")
+
+
+class Lane:
+    """One cell that runs: receives its progress, and counts the FLOPs that it trains.
+
+    Parameters
+    ----------
+    display
+        Where it is shown.
+    cell
+        The cell.
+    bar
+        Its bar.
+    """
+
+    def __init__(self, display: Display, cell: PlannedCell, bar: TaskID) -> None:
+        self.display, self.cell, self.bar = display, cell, bar
+        self.label = cell.config.label
+        self.name, self.steps, self.done = "loading", 0, 0
+        self.weight = self.flops = self.seconds = 0.0
+        self.stage_began = self.line_at = time.monotonic()
+
+    def stage(self, name: str, total: int, weight: float = 0.0) -> None:
+        """Begin a stage of the cell."""
+        self.flops, self.seconds = self.trained
+        self.name, self.steps, self.done, self.weight = name, total, 0, weight
+        self.stage_began = time.monotonic()
+        self.display.live.reset(self.bar, total=total, description=name, info="")
+
+    def advance(self, steps: int = 1, **numbers: float) -> None:
+        """Count steps of the current stage."""
+        self.done += steps
+        info = "  ".join(f"{k} {v:.3g}" for k, v in numbers.items())
+        self.display.live.update(self.bar, completed=self.done, info=info)
+        self.display.refresh()
+        if not self.display.console.is_terminal and time.monotonic() - self.line_at > _LINE_SECONDS:
+            self.line_at = time.monotonic()
+            where = f"{self.label}: {self.name} {self.done}/{self.steps}"
+            self.message("  ".join(part for part in (where, info, f"({self.display.left()})") if part))
+
+    def message(self, text: str) -> None:
+        """Say one line above the bars."""
+        self.display.message(text)
+
+    @property
+    def trained(self) -> tuple[float, float]:
+        """FLOPs that were trained so far, and the seconds that they took."""
+        running = self.done * self.weight
+        return self.flops + running, self.seconds + (time.monotonic() - self.stage_began if running else 0.0)
 
 
 class _Bars(Progress):
-    """The bars of the stage and of the sweep, below the name of the cell, which may be as long as the line."""
+    """The fronts so far, each running cell's name over its bar, and the bar of the sweep."""
 
-    cell = ""
+    display: Display | None = None
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        yield Text(self.cell, no_wrap=True, overflow="ellipsis")
-        yield from super().get_renderables()
+        if self.display is None:  # it is being made
+            return
+        for line in self.display.fronts.lines():
+            yield Text(line, style="dim", no_wrap=True, overflow="ellipsis")
+        bars = {task.id: task for task in self.tasks}
+        for lane in self.display.lanes.values():
+            yield Text(lane.label, no_wrap=True, overflow="ellipsis")
+            yield self.make_tasks_table([bars[lane.bar]])
+        yield self.make_tasks_table([bars[self.display.overall]])
 
 
 class Display:
-    """Shows which cell and stage runs, how far it is, and how long the sweep still takes.
+    """Shows which cells and stages run, how far they are, how long the sweep still takes, and the best so far.
 
     The estimate weighs the cells by their planned training FLOPs and is corrected by the rate that is observed.
 
@@ -38,20 +96,22 @@ class Display:
         Training FLOPs a second of earlier runs, if known.
     console
         Where to write.
+    jobs
+        Cells that run at once.
     """
 
-    def __init__(self, cells: Sequence[PlannedCell], rate: float | None, console: Console) -> None:
-        self.console, self.rate = console, rate or DEFAULT_RATE
+    def __init__(self, cells: Sequence[PlannedCell], rate: float | None, console: Console, jobs: int = 1) -> None:
+        self.console, self.rate, self.jobs = console, rate or DEFAULT_RATE, jobs
         self.cells = list(cells)
         self.pending = {i: c for i, c in enumerate(cells) if c.pending}
         self.total = len(self.pending)
-        self.finished = 0
-        self.index, self.name = -1, ""
-        self.steps = self.done = 0
-        self.weight = self.flops_done = self.seconds = self.cell_flops = 0.0
-        self.began = self.line_at = time.monotonic()
+        self.finished = self.failed = 0
+        self.lanes: dict[int, Lane] = {}
+        self.fronts = Fronts()
+        self.flops_done = self.seconds = 0.0  # of lanes that have ended
+        self.began = time.monotonic()
         self.live = _Bars(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description:<18}"),
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -61,8 +121,8 @@ class Display:
             transient=True,
             expand=True,
         )
-        self.current = self.live.add_task("loading", total=None, info="")
-        self.overall = self.live.add_task("sweep", total=max(1, self.total), info=self._left())
+        self.overall = self.live.add_task("sweep", total=max(1, self.total), info=self.left())
+        self.live.display = self
 
     def __enter__(self) -> Display:
         self.live.start()
@@ -71,73 +131,60 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self.live.stop()
 
-    @property
-    def cell(self) -> str:
-        """Label of the current cell."""
-        return self.cells[self.index].config.label
+    def begin(self, index: int) -> Lane:
+        """Start a cell of the plan; return who receives its progress."""
+        if index in self.lanes:  # it is begun again: the process that ran it died
+            self._end(index)
+        bar = self.live.add_task("loading", total=None, info="")
+        self.lanes[index] = Lane(self, self.cells[index], bar)
+        return self.lanes[index]
 
-    def begin(self, index: int) -> None:
-        """Start a cell of the plan."""
-        self._account()
-        self.index, self.cell_flops, self.done = index, 0.0, 0
-        self.live.cell = self.cell
-        self.live.reset(self.current, total=None, description="loading", info="")
-
-    def finish(self, index: int, status: str, reason: str = "") -> None:
+    def finish(self, index: int, status: str, reason: str = "", point: Point | None = None) -> None:
         """End a cell of the plan; of several, say how it went."""
+        self._end(index)
+        if point:
+            self.fronts.add(point)
         if self.pending.pop(index, None) is None:
             return
         self.finished += 1
-        self.live.update(self.overall, completed=self.finished, info=self._left())
+        self.failed += status in _BAD
+        self.live.update(self.overall, completed=self.finished)
+        self.refresh()
         if len(self.cells) > 1:
             outcome = f"{status}: {one_line(reason)}" if reason else status
-            self.message(f"{self.cell}: {outcome} ({self.finished} of {self.total}, {self._left()})")
+            self.message(
+                f"{self.cells[index].config.label}: {outcome} ({self.finished} of {self.total}, {self.left()})"
+            )
 
-    def stage(self, name: str, total: int, weight: float = 0.0) -> None:
-        """Begin a stage of the current cell."""
-        self._account()
-        self.name, self.steps, self.done, self.weight = name, total, 0, weight
-        self.stage_began = time.monotonic()
-        self.live.reset(self.current, total=total, description=name, info="")
-
-    def advance(self, steps: int = 1, **numbers: float) -> None:
-        """Count steps of the current stage."""
-        self.done += steps
-        info = "  ".join(f"{k} {v:.3g}" for k, v in numbers.items())
-        self.live.update(self.current, completed=self.done, info=info)
-        self.live.update(self.overall, info=self._left())
-        if not self.console.is_terminal and time.monotonic() - self.line_at > _LINE_SECONDS:
-            self.line_at = time.monotonic()
-            where = f"{self.cell}: {self.name} {self.done}/{self.steps}"
-            self.message("  ".join(part for part in (where, info, f"({self._left()})") if part))
+    def _end(self, index: int) -> None:
+        if lane := self.lanes.pop(index, None):
+            flops, seconds = lane.trained
+            self.flops_done, self.seconds = self.flops_done + flops, self.seconds + seconds
+            self.live.remove_task(lane.bar)
 
     def message(self, text: str) -> None:
         """Say one line above the bars."""
         say(self.live.console, text)
 
-    def _account(self) -> None:
-        if self.weight and self.done:
-            flops = self.done * self.weight
-            self.flops_done, self.cell_flops = self.flops_done + flops, self.cell_flops + flops
-            self.seconds += time.monotonic() - self.stage_began
-            if self.seconds > 5.0:
-                self.rate = self.flops_done / self.seconds
-        self.weight = 0.0
+    def refresh(self) -> None:
+        """Show what is left, and what runs and failed where there is more than one."""
+        counts = [f"{len(self.lanes)} running"] * (self.jobs > 1) + [f"{self.failed} failed"] * bool(self.failed)
+        self.live.update(self.overall, info=", ".join([*counts, self.left()]))
 
-    def _left(self) -> str:
+    def left(self) -> str:
         """Say how long the rest takes."""
-        rate, running = self.rate, self.done * self.weight
-        elapsed = time.monotonic() - self.stage_began if self.weight else 0.0
-        if self.seconds + elapsed > 5.0 and self.flops_done + running:
-            rate = (self.flops_done + running) / (self.seconds + elapsed)
-        flops = sum(c.flops for c in self.pending.values())
-        if self.index in self.pending:
-            flops -= min(self.pending[self.index].flops, self.cell_flops + running)
+        if not self.pending:
+            return "done"
+        running = [lane.trained for lane in self.lanes.values()]
+        flops, seconds = self.flops_done + sum(f for f, _ in running), self.seconds + sum(s for _, s in running)
+        rate = flops / seconds if seconds > 5.0 and flops else self.rate
         rest = SECONDS_PER_CELL  # of a cell: what is not training
         if self.finished:
-            rest = (time.monotonic() - self.began - self.seconds - elapsed) / self.finished
-        seconds = flops / rate + rest * len(self.pending)
-        return f"about {clock(seconds)} left" if self.pending else "done"
+            rest = max(0.0, (time.monotonic() - self.began) * self.jobs - seconds) / self.finished
+        todo = sum(c.flops for c in self.pending.values())
+        todo -= sum(min(self.pending[i].flops, lane.trained[0]) for i, lane in self.lanes.items() if i in self.pending)
+        lanes = min(self.jobs, len(self.pending))
+        return f"about {clock((todo / rate + rest * len(self.pending)) / lanes)} left"
 
 
 def console(stderr: bool = False) -> Console:

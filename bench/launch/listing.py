@@ -17,6 +17,7 @@ from bench.launch.plan import observed_rate, plan
 from bench.locks import is_held
 from bench.results import ResultStore, RunResult
 from bench.runner import Mode, Surroundings
+from bench.tracking import Tracking
 
 
 def print_listing(what: str) -> None:
@@ -77,9 +78,24 @@ def print_listing(what: str) -> None:
 
 
 def run_and_print(
-    configs: Sequence[RunConfig], store: ResultStore, where: Surroundings, mode: Mode, summary: bool = False
+    configs: Sequence[RunConfig],
+    store: ResultStore,
+    where: Surroundings,
+    mode: Mode,
+    tracking: Tracking | None = None,
+    jobs: int = 1,
+    summary: bool = False,
 ) -> int:
     """Run cells under a live display and print the outcome; return the exit code, 1 where a cell failed.
+
+    Parameters
+    ----------
+    configs, store, where, mode, tracking
+        As for ``bench.tracking.run_tracked``.
+    jobs
+        Cells to run at once; one runs in this process.
+    summary
+        Print the tables of the study in place of each result.
 
     Raises
     ------
@@ -87,24 +103,29 @@ def run_and_print(
         If no cell can be run at all: that is a mistake in the command and no failure of a cell.
     """
     from bench.launch.local import run_all
+    from bench.launch.pool import run_pool
 
     cells = plan(configs, store, where, mode)
     if all(cell.state == "error" for cell in cells):
         raise BenchError("\n".join(dict.fromkeys(cell.reason for cell in cells)))
     rate = observed_rate(store) if any(cell.flops for cell in cells) else None
-    with Display(cells, rate, console(stderr=True)) as display:
-        results, failures = run_all(configs, store, where, mode, display)
-    out = console()
+    jobs = max(1, min(jobs, sum(cell.pending for cell in cells)))
+    with Display(cells, rate, console(stderr=True), jobs) as display:
+        if jobs == 1:
+            outcome = run_all(configs, store, where, mode, display, tracking)
+        else:
+            outcome = run_pool(cells, store, where, mode, display, tracking, jobs)
+    out, results = console(), outcome.results
     if summary and any(result.status == "done" for result in results):
-        print_report(store.root, store.study)
+        print_report(store.root, store.study, only_if_stale=display.total == 0)
     elif not summary:
         for result in results:
             _print_result(result, store, where, out)
-    for config, reason in failures:
+    for config, reason in outcome.failures:
         say(out, f"not done: {config.label}: {one_line(reason)}")
     if mode == "missing" and any(result.status in ("failed", "diverged") for result in results):
         say(out, "Failures are kept. Once the cause is mended, --mode retry-failed runs these cells again.")
-    return 1 if failures else 0
+    return 1 if outcome.failures else 0
 
 
 def _print_result(result: RunResult, store: ResultStore, where: Surroundings, out: Console) -> None:
@@ -173,16 +194,27 @@ def _label(result: RunResult) -> str:
     )
 
 
-def print_report(root: Path, study: str) -> None:
-    """Make tables and figures of a study again and print the summary and their paths."""
-    from analysis.console import print_summary
-    from analysis.report import regenerate
+def print_report(root: Path, study: str, only_if_stale: bool = False) -> None:
+    """Make tables and figures of a study again and print the summary and their paths.
 
-    made = regenerate(root, study)
+    Parameters
+    ----------
+    root, study
+        The results folder, and the study in it.
+    only_if_stale
+        Leave them where no result is newer.
+    """
+    from analysis.console import print_summary
+    from analysis.report import made_before, regenerate
+
+    paths, problems = made_before(root / study) if only_if_stale else [], []
+    if not paths:
+        made = regenerate(root, study)
+        paths, problems = made.paths, made.problems
     out = console()
     print_summary(root / study, out)
-    for problem in made.problems:
+    for problem in problems:
         say(out, f"warning: {problem}")
-    for path in made.paths:
+    for path in sorted(paths, key=lambda path: (path.suffix == ".png", path)):
         if path.suffix in (".png", ".md"):
             say(out, str(path))

@@ -1,28 +1,59 @@
-"""Run a sweep on this machine, one cell after the other."""
+"""Run a sweep on this machine, one cell after the other in this process."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from bench.config import RunConfig
 from bench.errors import BenchError
+from bench.launch.front import Point
 from bench.progress import Progress
 from bench.results import ResultStore, RunResult
 from bench.runner import Mode, Surroundings
 from bench.tracking import Tracking, run_tracked
 
-Failure = tuple[RunConfig, str]
 
+class Watcher(Protocol):
+    """Receives which cells run."""
 
-class Watcher(Progress, Protocol):
-    """Receives which cell is run, besides what it is doing."""
+    def begin(self, index: int) -> Progress:
+        """Start a cell, and return who receives what it does; also where it is started again."""
 
-    def begin(self, index: int) -> None:
-        """Start a cell."""
-
-    def finish(self, index: int, status: str, reason: str = "") -> None:
+    def finish(self, index: int, status: str, reason: str = "", point: Point | None = None) -> None:
         """End a cell, with the status of its result, or ``error`` where it has none."""
+
+    def message(self, text: str) -> None:
+        """Say one line."""
+
+
+@dataclass
+class Outcome:
+    """What became of a list of cells.
+
+    Attributes
+    ----------
+    results
+        Those that there are, in no particular order.
+    failures
+        Cells without a result that stands, and why.
+    """
+
+    results: list[RunResult] = field(default_factory=list)
+    failures: list[tuple[RunConfig, str]] = field(default_factory=list)
+
+    def add(self, index: int, config: RunConfig, result: RunResult, watcher: Watcher) -> None:
+        """Take in the result of a cell, and tell the watcher."""
+        self.results.append(result)
+        if result.status in ("failed", "diverged", "interrupted"):
+            self.failures.append((config, f"{result.status}: {result.reason}"))
+        watcher.finish(index, result.status, result.reason or "", Point.of(result))
+
+    def fail(self, index: int, config: RunConfig, reason: str, watcher: Watcher) -> None:
+        """Take in a cell that has no result, and tell the watcher."""
+        self.failures.append((config, reason))
+        watcher.finish(index, "error", reason)
 
 
 def run_all(
@@ -32,7 +63,7 @@ def run_all(
     mode: Mode,
     watcher: Watcher,
     tracking: Tracking | None = None,
-) -> tuple[list[RunResult], list[Failure]]:
+) -> Outcome:
     """Run every cell; one that fails does not end the others.
 
     Parameters
@@ -41,24 +72,14 @@ def run_all(
         As for ``bench.tracking.run_tracked``.
     watcher
         Who watches.
-
-    Returns
-    -------
-    tuple
-        The results, and the cells that failed with their reasons.
     """
-    results: list[RunResult] = []
-    failures: list[Failure] = []
+    outcome = Outcome()
     for index, config in enumerate(configs):
-        watcher.begin(index)
+        lane = watcher.begin(index)
         try:
-            result = run_tracked(config, store, where, mode, watcher, tracking)
+            result = run_tracked(config, store, where, mode, lane, tracking)
         except (BenchError, OSError) as error:
-            failures.append((config, str(error)))
-            watcher.finish(index, "error", str(error))
-            continue
-        results.append(result)
-        if result.status in ("failed", "diverged", "interrupted"):
-            failures.append((config, f"{result.status}: {result.reason}"))
-        watcher.finish(index, result.status, result.reason or "")
-    return results, failures
+            outcome.fail(index, config, str(error), watcher)
+        else:
+            outcome.add(index, config, result, watcher)
+    return outcome

@@ -67,6 +67,8 @@ class PlannedCell:
         Artifacts that need not be made again.
     flops
         Training FLOPs that are still to do.
+    needs
+        Names of what it shares with other cells and nobody has made yet, such as its teacher.
     """
 
     config: RunConfig
@@ -81,6 +83,7 @@ class PlannedCell:
     weight_bytes: int | None = None
     cached: tuple[str, ...] = ()
     flops: float = 0.0
+    needs: frozenset[str] = frozenset()
 
     @property
     def pending(self) -> bool:
@@ -122,8 +125,7 @@ def _plan_cell(
         except Unreachable as error:
             planned = dataclasses.replace(planned, state="skipped", reason=str(error))
     if planned.pending:
-        cached, flops = _work(cell, cache, where, shared)
-        planned = dataclasses.replace(planned, cached=cached, flops=flops)
+        planned = dataclasses.replace(planned, **_work(cell, cache, where, shared))
     return planned
 
 
@@ -146,26 +148,28 @@ def _method_costs(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _work(cell: Cell, cache: ArtifactCache, where: Surroundings, shared: set[str]) -> tuple[tuple[str, ...], float]:
-    """Return what is cached, and the training FLOPs to do, but for what an earlier cell of the plan makes."""
-    config, cached, flops = cell.config, [], 0.0
+def _work(cell: Cell, cache: ArtifactCache, where: Surroundings, shared: set[str]) -> dict[str, Any]:
+    """Return what is cached, what is needed, and the training FLOPs to do, but for what an earlier cell makes."""
+    config, cached, needs, flops = cell.config, [], set(), 0.0
     tokens = typical_length(cell.task, where, config.max_length)
     identity = config.teacher_identity(cell.revisions["data"], cell.revisions["model"])
-    key = cache.key("teacher", identity)
     if cache.find("teacher", identity):
         cached.append("teacher")
-    elif key not in shared:
-        shared.add(key)
-        flops += 3 * config.teacher_epochs * _train_rows(cell.task, config, where) * _per_example(cell.spec, tokens)
+    else:
+        needs.add(cache.key("teacher", identity))
+        epochs = config.teacher_epochs * _train_rows(cell.task, config, where)
+        flops += 0.0 if needs <= shared else 3 * epochs * _per_example(cell.spec, tokens)
     if cache.find("plugin", cell.identity):
-        return (*cached, "plugin"), flops
-    for work in config.build_method().work(config.steps, config.batch_size):
-        stage = f"{work.name}:{cell.revisions['model']}:{config.ratio}:{config.seed}:{work}"
-        if work.shared and stage in shared:
-            continue
-        shared.add(stage)
-        flops += work.passes * work.steps * work.batch_size * _per_example(cell.spec, work.tokens or tokens)
-    return tuple(cached), flops
+        cached.append("plugin")
+    else:
+        for work in config.build_method().work(config.steps, config.batch_size):
+            stage = f"{work.name}:{cell.revisions['model']}:{config.ratio}:{config.seed}:{work}"
+            if work.shared:
+                needs.add(stage)
+            if not (work.shared and stage in shared):
+                flops += work.passes * work.steps * work.batch_size * _per_example(cell.spec, work.tokens or tokens)
+    shared |= needs
+    return {"cached": tuple(cached), "needs": frozenset(needs), "flops": flops}
 
 
 def _per_example(spec: BackboneSpec, tokens: int) -> float:

@@ -51,11 +51,11 @@ def seconds_left(text: str) -> float:
 def test_a_log_gets_a_line_every_quarter_of_a_minute(hands: Clock) -> None:
     console, file = log()
     with Display(cells(1e6), 1e3, console) as shown:
-        shown.begin(0)
-        shown.stage("teacher", 100, 1e4)
+        lane = shown.begin(0)
+        lane.stage("teacher", 100, 1e4)
         for step in range(60):
             hands.now += 1.0
-            shown.advance(loss=1 / (step + 1), task=0.25)
+            lane.advance(loss=1 / (step + 1), task=0.25)
     lines = file.getvalue().splitlines()
     assert len(lines) == 60 // 16
     for line, step in zip(lines, (16, 32, 48), strict=True):
@@ -74,17 +74,17 @@ def test_the_estimate_is_what_is_left_at_the_rate_that_is_seen(hands: Clock) -> 
     """Two cells of 1e6 FLOPs at 1e4 a second, then 300 s of other work in the first of them."""
     console, file = log()
     with Display(cells(1e6, 1e6), 1e3, console) as shown:
-        shown.begin(0)
-        shown.stage("adapt", 100, 1e4)
+        lane = shown.begin(0)
+        lane.stage("adapt", 100, 1e4)
         for _ in range(50):
             hands.now += 1.0
-            shown.advance()
+            lane.advance()
         half = seconds_left(file.getvalue().splitlines()[-1])
         assert half == pytest.approx((2e6 - 48e4) / 1e4 + 2 * SECONDS_PER_CELL, abs=30), "before: 2e6 / 1e3"
         for _ in range(50):
             hands.now += 1.0
-            shown.advance()
-        shown.stage("evaluate dev", 10)
+            lane.advance()
+        lane.stage("evaluate dev", 10)
         hands.now += 300.0
         shown.finish(0, "done")
         line = file.getvalue().splitlines()[-1]
@@ -114,9 +114,9 @@ def test_the_bars_fit_the_terminal(width: int) -> None:
     console = Console(file=file, force_terminal=True, width=width, height=24, color_system=None, legacy_windows=False)
     plan = cells(1e12, 1e12)
     with Display(plan, 1e6, console) as shown:
-        shown.begin(0)
-        shown.stage("evaluate selection", 26_000)
-        shown.advance(12_345, loss=0.0123456, all_hidden=0.0234567, logits=1.23e-6)
+        lane = shown.begin(0)
+        lane.stage("evaluate selection", 26_000)
+        lane.advance(12_345, loss=0.0123456, all_hidden=0.0234567, logits=1.23e-6)
         shown.live.refresh()
         frame = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "\n", file.getvalue()).split("\n")
     rows = [row.rstrip() for row in frame if row.strip()][-3:]
