@@ -253,7 +253,7 @@ main.add_command(_with_keys(_sweep))
 @_results
 def status(study: str | None, results: Path) -> None:
     """Show how far STUDY is, or every study; what failed and why."""
-    from bench.launch.listing import print_status
+    from bench.launch.status import print_status
 
     print_status(results, study)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,10 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.config import RECIPES, RunConfig
-from bench.errors import BenchError, suggest
+from bench.errors import BenchError
 from bench.launch.display import Display, console, one_line, say
 from bench.launch.plan import observed_rate, plan
-from bench.locks import is_held
 from bench.results import ResultStore, RunResult
 from bench.runner import Mode, Surroundings
 from bench.tracking import Tracking
@@ -148,50 +146,6 @@ def _print_result(result: RunResult, store: ResultStore, where: Surroundings, ou
     elif result.status == "skipped":
         say(out, f"skipped: {one_line(result.reason or '')}")
     say(out, f"{result.status}: {store.path(result.run_id)}")
-
-
-def print_status(root: Path, study: str | None) -> None:
-    """Print how far each study is, and every cell that is not done.
-
-    Raises
-    ------
-    BenchError
-        If there is no such study.
-    """
-    found = sorted(p.parent.name for p in root.glob("*/runs") if p.is_dir()) if root.is_dir() else []
-    if study and study not in found:
-        raise BenchError(f"no study '{study}' in {root}.{suggest(study, found)} Studies: {', '.join(found) or 'none'}.")
-    if not found:
-        raise BenchError(f"no study in {root}; `bench sweep quickstart` makes one")
-    out = console()
-    for name in [study] if study else found:
-        store, counts, rest = ResultStore(root, name), Counter[str](), []
-        for path in sorted((store.folder / "runs").glob("*.json")):
-            try:
-                result = store.read(path.stem)
-            except BenchError as error:
-                counts["unreadable"] += 1
-                rest.append(f"unreadable: {error}")
-                continue
-            if result is None:
-                continue
-            state: str = result.status
-            if state == "running" and not is_held(store.lock_path(result.run_id)):
-                state = "interrupted"
-            counts[state] += 1
-            if state != "done":
-                rest.append(f"{state}: {_label(result)} ({result.run_id}): {one_line(result.reason or '')}")
-        say(out, f"{name}: {', '.join(f'{n} {state}' for state, n in counts.items()) or 'no runs'}")
-        for line in rest:
-            say(out, f"  {line.rstrip(': ')}")
-
-
-def _label(result: RunResult) -> str:
-    config = result.config
-    ratio = f" k={config['ratio']:g}" if config.get("ratio") and config.get("method") != "dense" else ""
-    return (
-        f"{config.get('task')} · {config.get('backbone')} · {config.get('method')}{ratio} · seed {config.get('seed')}"
-    )
 
 
 def print_report(root: Path, study: str, only_if_stale: bool = False) -> None:
