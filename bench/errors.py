@@ -26,6 +26,10 @@ class PluginError(BenchError):
     """A plugin cannot be read, or does not belong to the given backbone."""
 
 
+class DamagedResult(BenchError):
+    """A stored result is torn or was changed by hand, and can be no witness of its run."""
+
+
 class MachineError(BenchError):
     """A fault of the machine and not of the run, such as a full disk; the run is ``interrupted``."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -12,9 +14,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bench.errors import BenchError, ConfigError, MachineError
+from bench.errors import BenchError, ConfigError, DamagedResult, MachineError
 
 SCHEMA_VERSION = 1
+_REMEDY = "Move it away and run the cell again."
 
 Status = Literal["running", "done", "failed", "diverged", "skipped", "interrupted"]
 
@@ -220,7 +223,7 @@ class RunResult(_Model):
     ``dev_available``.
     """
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = Field(default=SCHEMA_VERSION, ge=SCHEMA_VERSION, le=SCHEMA_VERSION)
     run_id: str
     study: str
     status: Status
@@ -314,8 +317,10 @@ class ResultStore:
 
         Raises
         ------
+        DamagedResult
+            If the file is no valid result.
         BenchError
-            If the file cannot be read, or is no valid result.
+            If it cannot be read.
         """
         path = self.path(run_id)
         try:
@@ -324,7 +329,29 @@ class ResultStore:
             return None
         except OSError as error:
             raise BenchError(f"cannot read {path}: {error.strerror}. Correct it, or choose another folder.") from error
-        return parse(content, path)
+        result = parse(content, path)
+        if result.run_id != run_id:
+            raise DamagedResult(f"{path} is not a valid result (it is that of run {result.run_id}). {_REMEDY}")
+        return result
+
+    def quarantine(self, run_id: str) -> Path:
+        """Move what is stored under ``run_id`` out of the way, and return where it is kept.
+
+        Raises
+        ------
+        MachineError
+            If the folder cannot be written.
+        """
+        folder = self.folder / "quarantine"
+        try:
+            folder.mkdir(exist_ok=True)
+            number = next(n for n in itertools.count(1) if not (folder / f"{run_id}-{n}.json").exists())
+            kept = folder / f"{run_id}-{number}.json"
+            with contextlib.suppress(FileNotFoundError):  # another process did it
+                os.replace(self.path(run_id), kept)
+        except OSError as error:
+            raise MachineError(f"cannot write {folder}: {error.strerror or error}. Choose another folder.") from error
+        return kept
 
     def write(self, result: RunResult) -> Path:
         """Store ``result`` under its run id, replacing what was there."""
@@ -342,17 +369,23 @@ def parse(content: bytes, path: Path) -> RunResult:
 
     Raises
     ------
+    DamagedResult
+        If it is torn or has unknown fields; the message names the file.
     BenchError
-        If it is torn, of another schema, or has unknown fields; the message names the file.
+        If it is of another schema.
     """
     try:
         fields = json.loads(content)
-        if isinstance(fields, dict) and fields.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
-            raise ValueError(f"schema_version is {fields['schema_version']}, and this version reads {SCHEMA_VERSION}")
+        version = fields.get("schema_version", SCHEMA_VERSION) if isinstance(fields, dict) else SCHEMA_VERSION
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise BenchError(
+                f"{path} is not a valid result (schema_version is {version}, and this version reads {SCHEMA_VERSION}). "
+                "Update this library, or move the file away and run the cell again."
+            )
         return RunResult.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         problem = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
     except ValueError as error:
         problem = str(error)
-    raise BenchError(f"{path} is not a valid result ({problem}). Move it away and run the cell again.")
+    raise DamagedResult(f"{path} is not a valid result ({problem}). {_REMEDY}")

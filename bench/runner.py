@@ -17,7 +17,7 @@ from bench.backbones.catalogue import spec_of
 from bench.backbones.source import fetch, local_folder, model_revision
 from bench.backbones.spec import BackboneSpec
 from bench.config import RunConfig, hash_of, run_id
-from bench.errors import BenchError, Diverged, MachineError, Unreachable
+from bench.errors import BenchError, DamagedResult, Diverged, MachineError, Unreachable
 from bench.locks import hold
 from bench.progress import Progress, Silent
 from bench.provenance import collect
@@ -154,7 +154,7 @@ def run(
     """
     where, progress = where or Surroundings(), progress or Silent()
     cell = Cell.resolve(config, where)
-    if (found := store.read(cell.run_id)) is not None and is_settled(found, mode):
+    if (found := _stored(cell, store, mode, progress)) is not None and is_settled(found, mode):
         return found
     if mode == "read-only":
         raise BenchError(f"no result for {config.label} (run {cell.run_id}) in {store.folder}, and nothing may be run")
@@ -163,6 +163,19 @@ def run(
         if (found := store.read(cell.run_id)) is not None and is_settled(found, mode):
             return found
         return _run_locked(cell, store, where, progress)
+
+
+def _stored(cell: Cell, store: ResultStore, mode: Mode, progress: Progress) -> RunResult | None:
+    """Return the stored result; one that is damaged is put aside, and is none."""
+    try:
+        return store.read(cell.run_id)
+    except DamagedResult as error:
+        if mode == "read-only":
+            raise
+        kept = store.quarantine(cell.run_id)
+        problem = str(error).partition(" Move it away")[0]
+        progress.message(f"{cell.config.label}: {problem} It is kept as {kept}, and the cell is run again.")
+        return None
 
 
 def _run_locked(cell: Cell, store: ResultStore, where: Surroundings, progress: Progress) -> RunResult:

@@ -13,7 +13,7 @@ from typing import Any
 from bench.artifacts import ArtifactCache
 from bench.backbones.spec import BackboneSpec
 from bench.config import RunConfig
-from bench.errors import BenchError, Unreachable
+from bench.errors import BenchError, DamagedResult, Unreachable
 from bench.locks import is_held
 from bench.measure.closed_form import backbone_parameters, encoder, weight_bytes
 from bench.results import ResultStore
@@ -110,7 +110,12 @@ def _plan_cell(
     config: RunConfig, store: ResultStore, where: Surroundings, mode: Mode, cache: ArtifactCache, shared: set[str]
 ) -> PlannedCell:
     cell = Cell.resolve(config, where)
-    stored = store.read(cell.run_id)
+    try:
+        stored, damage = store.read(cell.run_id), ""
+    except DamagedResult as error:
+        if mode == "read-only":
+            raise
+        stored, damage = None, str(error).replace("Move it away and run the cell again", "A run puts it aside")
     state, reason = "to do", cell.skip_reason() or ""
     if reason:
         state = "skipped"
@@ -118,7 +123,7 @@ def _plan_cell(
         state, reason = stored.status, stored.reason or ""
     elif stored is not None and stored.status in ("running", "interrupted"):
         state = "running" if is_held(store.lock_path(cell.run_id)) else "interrupted"
-    planned = PlannedCell(config, cell.run_id, state, reason, **_backbone_costs(cell))
+    planned = PlannedCell(config, cell.run_id, state, reason or damage, **_backbone_costs(cell))
     if state != "skipped":
         try:
             planned = dataclasses.replace(planned, **_method_costs(cell))
