@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -128,6 +129,49 @@ def _mode(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--mode", type=click.Choice(MODES), default="missing", show_default=True, help=text)(command)
 
 
+def _executor(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say what runs the cells of a sweep; those that were given for Slurm come as ``cluster``."""
+    count, slurm = click.IntRange(min=1), ("partition", "account", "time", "cpus", "gpus", "memory", "more")
+
+    @functools.wraps(command)
+    def call(**given: Any) -> Any:
+        cluster = {name: given.pop(name) for name in slurm}
+        return command(cluster={name: value for name, value in cluster.items() if value}, **given)
+
+    for option in (
+        click.option(
+            "--slurm",
+            "more",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Slurm: any other parameter of sbatch; repeat it.",
+        ),
+        click.option("--memory", help="Slurm: memory of a cell, such as 16G."),
+        click.option("--gpus", type=count, help="Slurm: GPUs of a cell."),
+        click.option("--cpus", type=count, help="Slurm: processors of a cell, which are its threads."),
+        click.option(
+            "--time", type=count, help="Slurm: minutes, after which a cell is queued again and goes on.  [default: 240]"
+        ),
+        click.option("--account", help="Slurm: account that pays."),
+        click.option("--partition", help="Slurm: partition."),
+        click.option(
+            "--jobs",
+            type=count,
+            help="Cells at once: processes with their share of the cores and a GPU of their own, or tasks of a Slurm "
+            "array.  [default: 1, on Slurm no limit]",
+        ),
+        click.option(
+            "--executor",
+            type=click.Choice(["local", "slurm"]),
+            default="local",
+            show_default=True,
+            help="Run on this machine, or submit to Slurm and leave.",
+        ),
+    ):
+        call = option(call)
+    return call
+
+
 def _surroundings(data_root: Path | None, cache_dir: Path | None, device: str) -> Any:
     from bench.runner import Surroundings
 
@@ -211,9 +255,17 @@ main.add_command(_with_keys(_run))
 
 
 def _sweep(
-    keys: dict[str, str], sweep: str, study: str | None, results: Path, mode: str, jobs: int, **where: Any
+    keys: dict[str, str],
+    sweep: str,
+    study: str | None,
+    results: Path,
+    mode: Any,
+    executor: str,
+    jobs: int | None,
+    cluster: dict[str, Any],
+    **where: Any,
 ) -> None:
-    """Run what is missing of a sweep on this machine.
+    """Run what is missing of a sweep, on this machine or a Slurm cluster.
 
     SWEEP is a file or a shipped name. Stop it at any moment and run it again to go on. A key replaces the file's
     values, commas separating several:
@@ -222,28 +274,28 @@ def _sweep(
     bench sweep sweeps/glue.yaml
     bench sweep glue --task rte --seed 0,1
     bench sweep glue --jobs 4
+    bench sweep glue --executor slurm --partition gpu --gpus 1
     """  # noqa: D301
-    from bench.launch.listing import run_and_print
     from bench.launch.sweep import find_sweep, read_sweep
     from bench.results import ResultStore
 
+    if cluster and executor != "slurm":
+        name = next(iter(cluster)).replace("more", "slurm")
+        raise click.UsageError(f"--{name} is for --executor slurm")
     read = read_sweep(find_sweep(sweep), keys, where["data_root"])
-    store = ResultStore(results, study or read.study)
-    sys.exit(
-        run_and_print(read.configs, store, _surroundings(**where), mode, jobs=jobs, summary=True)  # type: ignore[arg-type]
-    )
+    store, surroundings = ResultStore(results, study or read.study), _surroundings(**where)
+    if executor == "slurm":
+        from bench.launch.slurm import SlurmOptions, submit
+
+        options = SlurmOptions(**cluster | {"jobs": jobs, "more": SlurmOptions.read_more(cluster.get("more", ()))})
+        sys.exit(submit(read.configs, store, surroundings, mode, options))
+    from bench.launch.listing import run_and_print
+
+    sys.exit(run_and_print(read.configs, store, surroundings, mode, jobs=jobs or 1, summary=True))
 
 
 _sweep = click.argument("sweep")(
-    click.option("--study", help="Study that the results go to; that of the sweep.")(
-        click.option(
-            "--jobs",
-            type=click.IntRange(min=1),
-            default=1,
-            show_default=True,
-            help="Cells at once, each a process with its share of the cores and a GPU of its own.",
-        )(_mode(_where(_sweep)))
-    )
+    click.option("--study", help="Study that the results go to; that of the sweep.")(_executor(_mode(_where(_sweep))))
 )
 main.add_command(_with_keys(_sweep))
 
