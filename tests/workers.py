@@ -29,7 +29,7 @@ from bench.training.distill import attach_for_good
 from bench.training.loop import Checkpoint, Schedule, train
 from tests.checkpoints import encode_hidden, random_plugin, tiny_model, tokens
 
-PATIENCE = 120.0
+PATIENCE = 240.0
 """Seconds after which a test gives up on a process."""
 
 

@@ -109,7 +109,13 @@ def test_states(world: World) -> None:
         "no such task": "error",
         "torn": "to do",
     }
-    assert [name for name, cell in cells.items() if cell.pending] == ["to do", "interrupted", "killed", "running"]
+    assert [name for name, cell in cells.items() if cell.pending] == [
+        "to do",
+        "interrupted",
+        "killed",
+        "running",
+        "torn",
+    ]
     assert (cells["failed"].reason, cells["diverged"].reason) == ("out of luck", "the loss became nan")
     assert "2.5" in cells["skipped"].reason and cells["skipped"].remaining is None and cells["skipped"].knob == ""
     assert "Did you mean 'sst2'" in cells["no such task"].reason

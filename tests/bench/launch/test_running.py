@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 import shutil
 import signal
@@ -13,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from bench.locks import is_held
 from bench.results import ResultStore
 from tests.bench_command import Command, bench, launch, results, tiny_sweep
 from tests.workers import wait_for
@@ -154,39 +152,3 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path: Pa
     code, again = bench(["sweep", path], tmp_path)
     assert code == 0 and again.err.count(": done (") == 1
     assert made(tmp_path) == ["adapt", "teacher"]
-
-
-def test_kills_at_any_moment_cost_nothing_that_was_finished(finished: tuple[Path, Command], tmp_path: Path) -> None:
-    """The numbers are those of a sweep that nobody killed."""
-    whole, _ = finished
-    for name in ("mood", "bert"):
-        shutil.copytree(whole / name, tmp_path / name)
-    path = tiny_sweep(tmp_path)
-    moments, seen, locks = random.Random(0), set[str](), tmp_path / "results" / "tiny" / ".locks"
-    for _ in range(4):
-        command = launch(["sweep", path], tmp_path)
-        while command.process.is_alive() and not any(map(is_held, locks.glob("*.lock"))):
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.6))
-        command.process.kill()
-        assert command.wait() in (-signal.SIGKILL, 0)
-        seen |= set(states(tmp_path))
-    assert "running" in seen <= {"running", "done"}
-    code, command = bench(["sweep", path], tmp_path)
-    assert code == 0, command.err
-    assert numbers(tmp_path) == numbers(whole)
-    names = [p.stem for p in (tmp_path / "results" / "tiny" / "predictions").glob("*.parquet")]
-    assert sorted(names) == sorted(result["run_id"] for result in results(tmp_path).values())
-    partial = tmp_path / "cache" / "artifacts" / "partial"
-    assert [p.name for p in partial.iterdir()] == []
-
-
-def test_two_sweeps_at_once_share_the_work(finished: tuple[Path, Command], tmp_path: Path) -> None:
-    whole, _ = finished
-    for name in ("mood", "bert"):
-        shutil.copytree(whole / name, tmp_path / name)
-    path = tiny_sweep(tmp_path)
-    both = [launch(["sweep", path], tmp_path) for _ in range(2)]
-    assert [command.wait() for command in both] == [0, 0], [command.err for command in both]
-    assert made(tmp_path) == ["adapt", "adapt", "teacher"], "a cell that was run twice would have found its plugin"
-    assert numbers(tmp_path) == numbers(whole)
