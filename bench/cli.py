@@ -95,7 +95,8 @@ def _with_keys(command: Callable[..., Any]) -> click.Command:
 
     def call(**given: Any) -> Any:
         chosen = {name: given.pop(name) for name in options if name in given}
-        return command(keys={name: value for name, value in chosen.items() if value is not None}, **given)
+        # "None" is what an agent writes for a sweep's null: the default
+        return command(keys={k: v for k, v in chosen.items() if v is not None and v != "None"}, **given)
 
     own = list(reversed(getattr(command, "__click_params__", [])))
     doc = inspect.cleandoc(command.__doc__ or "")
@@ -243,9 +244,10 @@ def _run(keys: dict[str, str], study: str, results: Path, mode: str, **where: An
     from bench.config import RunConfig
     from bench.launch.listing import run_and_print
     from bench.results import ResultStore
+    from bench.tracking import Tracking
 
-    config = RunConfig.build(keys)
-    sys.exit(run_and_print([config], ResultStore(results, study), _surroundings(**where), mode))  # type: ignore[arg-type]
+    config, store = RunConfig.build(keys), ResultStore(results, study)
+    sys.exit(run_and_print([config], store, _surroundings(**where), mode, Tracking(group=study)))  # type: ignore[arg-type]
 
 
 _run = click.option("--study", default="runs", show_default=True, help="Study that the result goes to.")(
@@ -263,9 +265,10 @@ def _sweep(
     executor: str,
     jobs: int | None,
     cluster: dict[str, Any],
+    to_wandb: bool,
     **where: Any,
 ) -> None:
-    """Run what is missing of a sweep, on this machine or a Slurm cluster.
+    """Run what is missing of a sweep, on this machine or a Slurm cluster, or hand it to agents of W&B.
 
     SWEEP is a file or a shipped name. Stop it at any moment and run it again to go on. A key replaces the file's
     values, commas separating several:
@@ -275,25 +278,37 @@ def _sweep(
     bench sweep glue --task rte --seed 0,1
     bench sweep glue --jobs 4
     bench sweep glue --executor slurm --partition gpu --gpus 1
+    bench sweep glue --to-wandb
     """  # noqa: D301
     from bench.launch.sweep import find_sweep, read_sweep
     from bench.results import ResultStore
+    from bench.tracking import Tracking
 
     if cluster and executor != "slurm":
         name = next(iter(cluster)).replace("more", "slurm")
         raise click.UsageError(f"--{name} is for --executor slurm")
     read = read_sweep(find_sweep(sweep), keys, where["data_root"])
+    if to_wandb:
+        from bench.launch.remote import hand_over
+
+        if keys or study or executor != "local" or jobs:
+            raise click.UsageError("--to-wandb hands the file over as it is; its agents take no other options")
+        return hand_over(find_sweep(sweep), read.project)
     store, surroundings = ResultStore(results, study or read.study), _surroundings(**where)
+    tracking = Tracking(read.project or Tracking.project, read.name)
     if executor == "slurm":
         from bench.launch.slurm import SlurmOptions, submit
 
         options = SlurmOptions(**cluster | {"jobs": jobs, "more": SlurmOptions.read_more(cluster.get("more", ()))})
-        sys.exit(submit(read.configs, store, surroundings, mode, options))
+        sys.exit(submit(read.configs, store, surroundings, mode, options, tracking))
     from bench.launch.listing import run_and_print
 
-    sys.exit(run_and_print(read.configs, store, surroundings, mode, jobs=jobs or 1, summary=True))
+    sys.exit(run_and_print(read.configs, store, surroundings, mode, tracking, jobs=jobs or 1, summary=True))
 
 
+_sweep = click.option(
+    "--to-wandb", is_flag=True, help="Make it a sweep at W&B, and print the line that runs an agent."
+)(_sweep)
 _sweep = click.argument("sweep")(
     click.option("--study", help="Study that the results go to; that of the sweep.")(_executor(_mode(_where(_sweep))))
 )
@@ -308,6 +323,20 @@ def status(study: str | None, results: Path) -> None:
     from bench.launch.status import print_status
 
     print_status(results, study)
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("project")
+@click.option("--study", help="Study that the results go to; that of each result.")
+@_results
+def pull(project: str, study: str | None, results: Path) -> None:
+    """Bring the finished runs of a W&B project back as the results that they were.
+
+    PROJECT is ENTITY/PROJECT, or ENTITY/PROJECT/SWEEP for the runs of one sweep. Results that are here stay.
+    """
+    from bench.launch.remote import pull_and_print
+
+    sys.exit(pull_and_print(project, results, study))
 
 
 @main.command(context_settings=CONTEXT)

@@ -7,7 +7,7 @@ import errno
 import io
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -127,6 +127,7 @@ def run(
     where: Surroundings | None = None,
     mode: Mode = "missing",
     progress: Progress | None = None,
+    begin: Callable[[], None] = lambda: None,
 ) -> RunResult:
     """Return the result of one cell, running it if the store does not have it.
 
@@ -143,6 +144,8 @@ def run(
         everything, ``read-only`` nothing.
     progress
         Who watches.
+    begin
+        Called where this process is the one that runs the cell, before it does.
 
     Raises
     ------
@@ -162,6 +165,7 @@ def run(
     with hold(store.lock_path(cell.run_id), lambda: progress.message(waiting)):
         if (found := store.read(cell.run_id)) is not None and is_settled(found, mode):
             return found
+        begin()
         return _run_locked(cell, store, where, progress)
 
 

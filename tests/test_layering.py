@@ -46,7 +46,7 @@ ARROWS = {
     "launch": f"{_CONTRACTS} {_PARTS} artifacts runner tracking describe analysis",
     "cli": "version errors results config runner tracking describe launch",
 }
-HEAVY = {"torch", "transformers", "datasets", "pandas"}
+HEAVY = {"torch", "transformers", "datasets", "pandas", "wandb"}
 
 
 def _modules() -> dict[str, Path]:

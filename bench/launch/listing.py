@@ -16,6 +16,7 @@ from bench.launch.plan import observed_rate, plan
 from bench.results import ResultStore, RunResult
 from bench.runner import Mode, Surroundings
 from bench.tracking import Tracking
+from bench.tracking.prepare import prepare
 
 
 def print_listing(what: str) -> None:
@@ -106,6 +107,11 @@ def run_and_print(
     cells = plan(configs, store, where, mode)
     if all(cell.state == "error" for cell in cells):
         raise BenchError("\n".join(dict.fromkeys(cell.reason for cell in cells)))
+    if tracking and mode != "read-only":
+        errors = console(stderr=True)
+        pending = [cell.run_id for cell in cells if cell.pending and cell.run_id]
+        tracking, fetched = prepare(tracking, pending, store, mode, lambda text: say(errors, text))
+        cells = plan(configs, store, where, mode) if fetched else cells
     rate = observed_rate(store) if any(cell.flops for cell in cells) else None
     jobs = max(1, min(jobs, sum(cell.pending for cell in cells)))
     with Display(cells, rate, console(stderr=True), jobs) as display:

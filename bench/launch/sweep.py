@@ -46,11 +46,14 @@ class Sweep:
         lie together, or else the sweep's name.
     configs
         The runs, each once; those that share a teacher stand together, the dense one first.
+    project
+        W&B project that the file names, if it does.
     """
 
     name: str
     study: str
     configs: tuple[RunConfig, ...]
+    project: str | None = None
 
 
 def find_sweep(name: str) -> Path:
@@ -112,13 +115,16 @@ def read_sweep(path: Path, overrides: Mapping[str, str] | None = None, data_root
     for what, text in (("name", name), ("study", study)):
         if not isinstance(text, str) or not re.fullmatch(r"[^./][^/]*", text):
             raise ConfigError(f"{path}: the {what} {_shown(text)} is to be the name of a folder, such as 'my-sweep'")
+    project = content.get("project")
+    if project is not None and (not isinstance(project, str) or not re.fullmatch(r"[\w.-]+", project)):
+        raise ConfigError(f"{path}: the project {_shown(project)} is to be the name of a W&B project, such as 'mine'")
     parameters = content.get("parameters")
     if not isinstance(parameters, dict) or not parameters:
         raise ConfigError(f"{path}: `parameters` must map keys to {{value: ...}} or {{values: [...]}}")
     grid = {str(key): _values(path, str(key), entry) for key, entry in parameters.items()}
     grid |= {key: parse_list(key, text) for key, text in (overrides or {}).items()}
     try:
-        return Sweep(str(name), str(study), expand(grid, data_root))
+        return Sweep(str(name), str(study), expand(grid, data_root), project)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
