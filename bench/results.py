@@ -353,6 +353,12 @@ class ResultStore:
             raise MachineError(f"cannot write {folder}: {error.strerror or error}. Choose another folder.") from error
         return kept
 
+    def clear(self, run_id: str) -> None:
+        """Remove what a kill left of unfinished writes; only for who holds the lock of ``run_id``."""
+        for path in (self.path(run_id), self.predictions_path(run_id)):
+            for partial in path.parent.glob(f".{path.name}.*.tmp"):
+                partial.unlink(missing_ok=True)
+
     def write(self, result: RunResult) -> Path:
         """Store ``result`` under its run id, replacing what was there."""
         path = self.path(result.run_id)

@@ -165,6 +165,7 @@ def run(
     with hold(store.lock_path(cell.run_id), lambda: progress.message(waiting)):
         if (found := store.read(cell.run_id)) is not None and is_settled(found, mode):
             return found
+        store.clear(cell.run_id)
         begin()
         return _run_locked(cell, store, where, progress)
 

@@ -24,6 +24,7 @@ from bench.results import ResultStore
 from bench.runner import Mode, Surroundings
 from bench.tracking import Tracking
 
+COMMAND = [sys.executable, "-m", "bench.launch.worker"]
 DEATHS = 3
 """Processes that a cell may take down before it is given up."""
 PATIENCE = 30.0
@@ -121,7 +122,7 @@ class _Worker:
         self.lane: Progress | None = None
         self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the process
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.launch.worker"],
+            COMMAND,
             env=os.environ | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
