@@ -50,13 +50,20 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def at(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return an empty folder, made the current one, from which cells are submitted that run quickly."""
+def at(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return an empty folder, made the current one, from which cells are submitted."""
     monkeypatch.chdir(tmp_path)
     for name, value in {**cluster.environment, "PYTHONPATH": str(ROOT)}.items():
         monkeypatch.setenv(name, value)
+    yield tmp_path
+    cluster.clear()
+
+
+@pytest.fixture
+def quick(at: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the same folder, from which cells are submitted that run quickly and can be paused."""
     monkeypatch.setattr("bench.launch.slurm.CellTask", QuickTask)
-    return tmp_path
+    return at
 
 
 class Said(NamedTuple):
@@ -83,8 +90,11 @@ def submitted(said: Said) -> list[int]:
     return [int(count) for count in re.findall(r"^submitted job \d+: (\d+) cell", said.out, re.M)]
 
 
-def status() -> list[str]:
-    return bench("status", "tiny").out.splitlines()
+def status() -> tuple[dict[str, int], list[str]]:
+    """Return how many cells are in each state, and the lines about single ones."""
+    head, *lines = bench("status", "tiny").out.splitlines()
+    counts = (part.split() for part in head.partition(": ")[2].split(", "))
+    return {state: int(count) for count, state in counts}, lines
 
 
 def numbers(at: Path) -> dict[str, dict[str, Any]]:
@@ -94,16 +104,13 @@ def numbers(at: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.timeout(600)
 def test_a_sweep_gives_what_it_gives_on_one_machine(
-    cluster: Cluster, at: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, at: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    monkeypatch.undo()  # the task that users get
-    monkeypatch.chdir(at)
-    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
     sweep = tiny_sweep(at, ratio=[2, 4, 8])
     first = submit(sweep)
     assert submitted(first) == [1, 2, 1], "who makes the teacher, then arrays as large as Slurm takes"
-    maker, *others = re.findall(r"^submitted job (\d+)", first.out, re.M)
-    assert all(f"after {maker}" in line for line in first.out.splitlines()[1:3])
+    maker, *_ = re.findall(r"^submitted job (\d+)", first.out, re.M)
+    assert [line.endswith(f", after {maker}") for line in first.out.splitlines()[:3]] == [False, True, True]
     again = submit(sweep)
     assert submitted(again) == [] and "not submitted: 4 in Slurm already" in again.out
     cluster.wait_for_end()
@@ -121,20 +128,19 @@ def test_a_sweep_gives_what_it_gives_on_one_machine(
     for result in found.values():
         log = (at / "results" / "tiny" / "logs" / f"{result['run_id']}.log").read_text()
         assert f"done: {at}/results/tiny/runs/{result['run_id']}.json" in log
-    assert status() == ["tiny: 4 done"]
-    assert "not submitted: 4 done" in submit(sweep).out
-    assert others
+    assert status() == ({"done": 4}, [])
+    assert submit(sweep).out == "not submitted: 4 done\n"
 
 
 @pytest.mark.timeout(600)
-def test_one_that_fails_ends_no_other_and_is_kept(cluster: Cluster, at: Path) -> None:
-    sweep = tiny_sweep(at, method="variator", ratio=2, lr=[1e30, 1e-3], steps=6)
+def test_one_that_fails_ends_no_other_and_is_kept(cluster: Cluster, quick: Path) -> None:
+    sweep = tiny_sweep(quick, method="variator", ratio=2, lr=[1e30, 1e-3], steps=6)
     assert submitted(submit(sweep)) == [1, 1]
     cluster.wait_for_end()
-    diverged, done = sorted(ResultStore(at / "results", "tiny"), key=lambda r: r.status != "diverged")
+    diverged, done = sorted(ResultStore(quick / "results", "tiny"), key=lambda r: r.status != "diverged")
     assert (diverged.status, done.status) == ("diverged", "done")
-    counts, line = status()
-    assert set(counts.removeprefix("tiny: ").split(", ")) == {"1 diverged", "1 done"}
+    counts, [line] = status()
+    assert counts == {"diverged": 1, "done": 1}
     log = f"results/tiny/logs/{diverged.run_id}.log"
     assert line.startswith("  diverged: mood · ") and "the loss became" in line and line.endswith(f"; log {log}")
     assert "not done: " in Path(log).read_text()
@@ -144,53 +150,53 @@ def test_one_that_fails_ends_no_other_and_is_kept(cluster: Cluster, at: Path) ->
     assert submitted(submit(sweep, "--mode", "retry-failed", "--slurm", "hold")) == [1]
     assert submitted(submit(sweep, "--mode", "retry-failed")) == [], "it waits already"
     [job] = cluster.queue()
-    assert status() == ["tiny: 1 done, 1 queued", f"  queued: job {job}, 1 cell (JobHeldUser)"]
+    assert status() == ({"done": 1, "queued": 1}, [f"  queued: job {job}, 1 cell (JobHeldUser)"])
     cluster.ask("scancel", job)
     cluster.wait_for_end()
-    assert status()[1] == line, "its failure stands again"
+    assert status()[1] == [line.partition("; log ")[0]], "its failure stands again"
 
 
-def test_only_what_has_left_the_queue_is_submitted_again(cluster: Cluster, at: Path) -> None:
-    sweep = tiny_sweep(at, ratio=[2, 4, 8])
+def test_only_what_has_left_the_queue_is_submitted_again(cluster: Cluster, quick: Path) -> None:
+    sweep = tiny_sweep(quick, ratio=[2, 4, 8])
     assert submitted(submit(sweep, "--slurm", "hold", "--slurm", "comment=by hand", "--gpus", "1")) == [1, 2, 1]
     first, second, third, last = sorted(cluster.queue())
     array = second.partition("_")[0]
     queued = [
         f"  queued: job {job}, {cells} (" for job, cells in ((first, "1 cell"), (array, "2 cells"), (last, "1 cell"))
     ]
-    counts, *lines = status()
-    assert counts == "tiny: 4 queued"
+    counts, lines = status()
+    assert counts == {"queued": 4}
     assert [line.partition("(")[0] + "(" for line in lines] == queued
     shown = cluster.ask("scontrol", "show", "job", first)
     assert "Comment=by hand" in shown and "gres:gpu:1" in shown and "NumCPUs=1" in shown
 
     cluster.ask("scancel", third)
     wait_until(lambda: third not in cluster.queue(), "it is cancelled")
-    counts, *lines = status()
-    assert counts == "tiny: 3 queued, 1 interrupted"
+    counts, lines = status()
+    assert counts == {"queued": 3, "interrupted": 1}
     [line] = [line for line in lines if "interrupted" in line]
     assert "variator k=4" in line and "left Slurm's queue without a result" in line
     again = submit(sweep, "--slurm", "hold")
     assert submitted(again) == [1] and "3 in Slurm already" in again.out
     assert f": 1 cell, after {first}" in again.out, "the teacher that it needs is still to be made there"
-    assert len(cluster.queue()) == 4 and status()[0] == "tiny: 4 queued"
+    assert len(cluster.queue()) == 4 and status()[0] == {"queued": 4}
 
     os.environ["PATH"], path = "", os.environ["PATH"]
     try:
-        counts, *lines = status()
+        counts, lines = status()
     finally:
         os.environ["PATH"] = path
-    assert counts == "tiny: 4 queued" and len(lines) == 5
+    assert counts == {"queued": 4} and len(lines) == 5
     assert "Slurm cannot be asked: there is no `squeue` on PATH" in lines[-1]
     cluster.ask("scancel", *{job.partition("_")[0] for job in cluster.queue()})
     cluster.wait_for_end()
-    assert status()[0] == "tiny: 4 interrupted"
+    assert status()[0] == {"interrupted": 4}
 
 
 @pytest.mark.timeout(600)
-def test_a_cell_that_is_preempted_and_then_cancelled_goes_on_where_it_was(cluster: Cluster, at: Path) -> None:
-    sweep = tiny_sweep(at, method="variator", ratio=2, steps=40)
-    pause, steps = at / "pause", at / "steps"
+def test_a_cell_that_is_preempted_and_then_cancelled_goes_on_where_it_was(cluster: Cluster, quick: Path) -> None:
+    sweep = tiny_sweep(quick, method="variator", ratio=2, steps=40)
+    pause, steps = quick / "pause", quick / "steps"
 
     def reached(step: int) -> bool:
         return steps.exists() and steps.read_text().endswith(f"\n{step}\n")
@@ -199,32 +205,32 @@ def test_a_cell_that_is_preempted_and_then_cancelled_goes_on_where_it_was(cluste
     assert submitted(submit(sweep)) == [1]
     [job] = cluster.queue()
     wait_until(lambda: reached(15), "it trains", 200)
-    counts, line = status()
-    assert counts == "tiny: 1 running" and line.startswith("  running: mood · ")
+    counts, [line] = status()
+    assert counts == {"running": 1} and line.startswith("  running: mood · ")
 
-    pause.write_text("25")
     blocker = cluster.ask("sbatch", "--parsable", "-p", "hi", "-c", "2", "--output", "/dev/null", "--wrap", "sleep 600")
     wait_until(lambda: cluster.queue() == {job: "PENDING", blocker: "RUNNING"}, "its node is taken away")
-    counts, line = status()
-    assert counts == "tiny: 1 queued" and line.startswith(f"  queued: job {job}, 1 cell (")
+    counts, [line] = status()
+    assert counts == {"queued": 1} and line.startswith(f"  queued: job {job}, 1 cell (")
     assert submitted(submit(sweep)) == []
+    pause.write_text("25")
     cluster.ask("scancel", blocker)
     cluster.begin_at_once()
     wait_until(lambda: reached(25), "it goes on", 200)
 
     cluster.ask("scancel", job)
     cluster.wait_for_end()
-    counts, line = status()
-    assert counts == "tiny: 1 interrupted" and "; log " in line
+    counts, [line] = status()
+    assert counts == {"interrupted": 1} and "; log " in line
     pause.unlink()
     assert submitted(submit(sweep)) == [1]
     cluster.wait_for_end()
-    [result] = results(at).values()
+    [result] = results(quick).values()
     assert result["status"] == "done"
     assert [int(step) for step in steps.read_text().split()] == [*range(1, 16), *range(11, 26), *range(21, 41)]
-    log = (at / "results" / "tiny" / "logs" / f"{result['run_id']}.log").read_text()
+    log = (quick / "results" / "tiny" / "logs" / f"{result['run_id']}.log").read_text()
     assert log.count("Starting with") == 1, "the log of the last submission"
-    earlier = (at / "results" / "tiny" / ".slurm" / "jobs" / f"{job}_0_log.out").read_text()
+    earlier = (quick / "results" / "tiny" / ".slurm" / "jobs" / f"{job}_0_log.out").read_text()
     assert earlier.count("Starting with") == 2, "what is queued again goes on with its log"
 
 
