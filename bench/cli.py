@@ -268,7 +268,7 @@ def _sweep(
     to_wandb: bool,
     **where: Any,
 ) -> None:
-    """Run what is missing of a sweep, on this machine or a Slurm cluster, or hand it to agents of W&B.
+    """Run what is missing of a sweep, on this machine or a Slurm cluster.
 
     SWEEP is a file or a shipped name. Stop it at any moment and run it again to go on. A key replaces the file's
     values, commas separating several:
@@ -347,3 +347,17 @@ def report(study: str, results: Path) -> None:
     from bench.launch.listing import print_report
 
     print_report(results, study)
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("out", type=_FOLDER)
+@click.option("--backbone", help="What it was made for; the original T5 of its width and depth.")
+def convert(file: Path, out: Path, backbone: str | None) -> None:
+    """Make a plugin of FILE, a checkpoint that the authors of Variator released, in the folder OUT.
+
+    Nothing but tensors is read of it: a pickle that would do anything else is refused.
+    """
+    from bench.launch.listing import convert_and_print
+
+    convert_and_print(file, out, backbone)

@@ -178,3 +178,12 @@ def print_report(root: Path, study: str, only_if_stale: bool = False) -> None:
     for path in sorted(paths, key=lambda path: (path.suffix == ".png", path)):
         if path.suffix in (".png", ".md"):
             say(out, str(path))
+
+
+def convert_and_print(file: Path, out: Path, backbone: str | None) -> None:
+    """Make a plugin of a released checkpoint and say what it is."""
+    from bench.plugins.convert import convert
+
+    plugin = convert(file, backbone)
+    plugin.save_pretrained(out)
+    say(console(), f"k = {plugin.config.k} for {plugin.config.backbone}, {plugin.num_parameters():,} parameters: {out}")

@@ -191,6 +191,11 @@ class Plugin(nn.Module):
             If a file is missing, torn, or does not belong to the config.
         """
         folder = Path(folder)
+        if folder.is_file():
+            raise PluginError(
+                f"{folder} is a file, and a plugin is a folder of {CONFIG_FILE} and {WEIGHTS_FILE}. A pickle is never "
+                f"loaded; of one that the authors of Variator released, `bench convert {folder} OUT` makes a plugin."
+            )
         try:
             config = PluginConfig.model_validate(json.loads((folder / CONFIG_FILE).read_text("utf-8")))
         except FileNotFoundError:
