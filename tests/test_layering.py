@@ -38,13 +38,15 @@ ARROWS = {
     "training": f"{_CONTRACTS} {_PARTS} plugins context",
     "costing": f"{_CONTRACTS} {_PARTS} plugins context training",
     "methods": f"{_CONTRACTS} {_PARTS} plugins context training",
-    "runner": f"{_CONTRACTS} {_PARTS} provenance artifacts context training costing",
+    "team": "errors artifacts training",
+    "runner": f"{_CONTRACTS} {_PARTS} provenance artifacts context training costing team",
     "tracking": f"{_CONTRACTS} artifacts runner",
     "describe": f"{_CONTRACTS} {_PARTS}",
     "testing": f"{_CONTRACTS} {_PARTS} artifacts context training costing runner describe",
     "analysis": "errors results",
     "launch": f"{_CONTRACTS} {_PARTS} artifacts runner tracking describe analysis",
     "cli": "version errors results config runner tracking describe launch",
+    "__main__": "team runner cli",
 }
 HEAVY = {"torch", "transformers", "datasets", "pandas", "wandb"}
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bench.backbones.encoder import AroundFFN, Seen, Tokens
 from bench.backbones.sites import EncoderView
 from bench.backbones.surgery import ffn_in, ffn_out
+from bench.training.parallel import of_all
 from bench.training.stage import Batch, model_inputs
 
 _ROUNDS = 5
@@ -231,4 +232,4 @@ class RouterLoss:
             scores, target = layer.router(u[real]).float(), sums[real].float()
             target = target / target.amax(1, keepdim=True).clamp_min(1e-12)
             losses.append(F.binary_cross_entropy_with_logits(scores, target))
-        return torch.stack(losses).mean()
+        return of_all(torch.stack(losses).mean(), real)

@@ -22,6 +22,7 @@ from bench.measure.closed_form import layer_macs, remaining
 from bench.methods.attention_importance import importance, presence
 from bench.tasks.evaluation import EVALUATION_BATCH_SIZE, batches
 from bench.tasks.features import Feature, collate
+from bench.training.parallel import average
 from bench.training.stage import model_inputs
 
 SMALLEST = 1e-30
@@ -117,12 +118,12 @@ def share_of(counts: Sequence[Tensor], ctx: RunContext) -> Tensor:
     """Return the share of the encoder's FLOPs that examples cost together, from what `counted` gives.
 
     Attention runs on the vectors that come in, the FFN on those that stay; the arithmetic takes tensors as it does
-    numbers, and fractions of vectors too.
+    numbers, and fractions of vectors too. In a step that several processes share, it is that of the whole batch.
     """
     macs: Any = layer_macs
     left = torch.stack([macs(ctx.spec, n, n, stay).sum() for n, stay in itertools.pairwise(counts)]).sum()
     dense: Tensor = macs(ctx.spec, *[counts[0]] * 3).sum() * ctx.spec.encoder_layers
-    return left / dense
+    return average(left / dense, dense)
 
 
 @torch.inference_mode()

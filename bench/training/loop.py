@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import Diverged
+from bench.training import parallel
 
 Precision = Literal["fp32", "bf16"]
 
@@ -133,7 +134,8 @@ def train(
     ----------
     losses
         Step -> (loss to minimise, its named parts). A function of the step alone but for weights and dropout, so that a
-        resumed training sees the batches that an uninterrupted one would.
+        resumed training sees the batches that an uninterrupted one would. Of several processes
+        (`bench.training.parallel`) each returns what it adds to either.
     parameters
         What is trained.
     schedule
@@ -167,7 +169,8 @@ def train(
         lr=schedule.lr,
         fused=True,
     )
-    torch.manual_seed(seed)
+    ranks = parallel.current()
+    torch.manual_seed(ranks.seed(seed) if ranks else seed)
     history: list[dict[str, float]] = []
     first = 0
     if checkpoint and (state := checkpoint.load(trained)):
@@ -175,9 +178,10 @@ def train(
         for parameter, saved in zip(trained, state["parameters"], strict=True):
             parameter.data.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if device.type == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
+        _set_random(state, ranks, device)
+    if ranks:
+        ranks.must_agree(first, "the step that training goes on from")
+        ranks.start_alike(trained)
     saved_at = time.monotonic()
     sums: dict[str, float] = {}
     for step in range(first, schedule.steps):
@@ -186,10 +190,15 @@ def train(
         with torch.autocast(device.type, torch.bfloat16, enabled=schedule.precision == "bf16"):
             loss, parts = losses(step)
         value = loss.item()
+        if ranks:
+            value, *numbers = ranks.total([value, *parts.values()])
+            parts = dict(zip(parts, numbers, strict=True))
         if not math.isfinite(value):
             raise Diverged(f"the loss became {value} at step {step + 1} of {schedule.steps} (lr {schedule.lr:g})")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if ranks:
+            ranks.sum_gradients(trained)
         nn.utils.clip_grad_norm_(trained, schedule.clip)
         optimizer.step()
         for name, number in {"loss": value, **parts}.items():
@@ -201,9 +210,13 @@ def train(
             history.append({"step": float(done), "lr": optimizer.param_groups[0]["lr"], **record})
             sums = {}
             # only at a record's boundary, so that the averages of a resumed history are the same
-            if checkpoint and time.monotonic() - saved_at > checkpoint.every_seconds and done < schedule.steps:
-                saved_at = time.monotonic()
-                checkpoint.save(_state(done, trained, optimizer, history, device))
+            if checkpoint and done < schedule.steps:
+                due = time.monotonic() - saved_at > checkpoint.every_seconds
+                if ranks.decided(due) if ranks else due:
+                    saved_at = time.monotonic()
+                    state = _state(done, trained, optimizer, history, device, ranks)
+                    if not ranks or ranks.main:
+                        checkpoint.save(state)
         if on_step:
             on_step(done, {"loss": value, **parts})
     return history
@@ -221,8 +234,9 @@ def _state(
     optimizer: torch.optim.Optimizer,
     history: list[dict[str, float]],
     device: torch.device,
+    ranks: parallel.Ranks | None,
 ) -> dict[str, Any]:
-    state = {
+    state: dict[str, Any] = {
         "step": step,
         "parameters": [p.detach() for p in trained],
         "optimizer": optimizer.state_dict(),
@@ -231,4 +245,17 @@ def _state(
     }
     if device.type == "cuda":
         state["cuda_rng"] = torch.cuda.get_rng_state(device)
+    if ranks:
+        state["ranks"] = {name: ranks.gather(state[name]) for name in ("rng", "cuda_rng") if name in state}
     return state
+
+
+def _set_random(state: dict[str, Any], ranks: parallel.Ranks | None, device: torch.device) -> None:
+    """Go on with the dropout that a checkpoint was in; a rank that it does not know stays with its seed."""
+    if ranks and not ranks.main:
+        known = state.get("ranks", {})
+        state = {name: each[ranks.rank] for name, each in known.items() if ranks.rank < len(each)}
+    if "rng" in state:
+        torch.set_rng_state(state["rng"])
+    if device.type == "cuda" and "cuda_rng" in state:
+        torch.cuda.set_rng_state(state["cuda_rng"], device)

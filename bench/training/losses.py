@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 from bench.backbones.model import TaskOutput
 from bench.tasks.features import IGNORED
 from bench.tasks.spec import Kind
+from bench.training.parallel import average, of_all
 
 
 def distillation_losses(
@@ -74,25 +75,26 @@ def distillation_losses(
     return losses
 
 
-def _relative_mse(student: Tensor, teacher: Tensor, keep: Tensor) -> Tensor:
-    s, t = student[keep].float(), teacher[keep].float()
-    return F.mse_loss(s, t) / (t - t.mean(0)).square().mean().clamp_min(1e-12)
+def _relative_mse(students: Sequence[Tensor], teachers: Sequence[Tensor], keep: Tensor) -> Tensor:
+    """Return the error of each pair of states, (pairs,), in units of the teacher's variance."""
+    pairs = [(s[keep].float(), t[keep].float()) for s, t in zip(students, teachers, strict=True)]
+    means = average(torch.stack([t.mean(0) for _, t in pairs]), keep)
+    spread = [(t - mean).square().mean() for (_, t), mean in zip(pairs, means, strict=True)]
+    variances = average(torch.stack(spread), keep)
+    errors = [F.mse_loss(s, t) / variance.clamp_min(1e-12) for (s, t), variance in zip(pairs, variances, strict=True)]
+    return of_all(torch.stack(errors), keep)
 
 
 def _hidden(
     student: TaskOutput, teacher: TaskOutput, mask: Tensor, labels: Mapping[str, Tensor], which: slice
 ) -> Tensor:
-    parts = [
-        _relative_mse(s, t, mask)
-        for s, t in zip(student.encoder_hidden[which], teacher.encoder_hidden[which], strict=True)
-    ]
-    loss = torch.stack(parts).mean()
+    loss = _relative_mse(student.encoder_hidden[which], teacher.encoder_hidden[which], mask).mean()
     if student.decoder_hidden is not None and teacher.decoder_hidden is not None:
         targets = labels.get("labels")
         # target ids are padded with -100; a cloze has two decoder positions, both real, and one label an example
         real = torch.ones_like(student.decoder_hidden[..., 0], dtype=torch.bool)
         real = targets != IGNORED if targets is not None and targets.dim() == 2 else real
-        loss = loss + _relative_mse(student.decoder_hidden, teacher.decoder_hidden, real)
+        loss = loss + _relative_mse([student.decoder_hidden], [teacher.decoder_hidden], real).squeeze(0)
     return loss
 
 
@@ -110,13 +112,14 @@ def _logits(
     s, t = student.float(), teacher.float()
     if kind == "regression":
         return F.mse_loss(s, t)
-    if kind == "qa" and "labels" in labels:
-        keep = labels["labels"] != IGNORED
+    keep = labels["labels"] != IGNORED if kind == "qa" and "labels" in labels else None
+    if keep is not None:
         s, t = s[keep], t[keep]
     elif kind == "qa":
         s, t = (x.masked_fill(~mask.unsqueeze(-1), -1e4).transpose(1, 2).flatten(0, 1) for x in (s, t))
     log_s, log_t = (s / temperature).log_softmax(-1), (t / temperature).log_softmax(-1)
-    return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * temperature**2
+    loss = F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * temperature**2
+    return loss if keep is None else of_all(loss, keep)
 
 
 def task_loss(kind: Kind, logits: Tensor, labels: Mapping[str, Tensor]) -> Tensor:
@@ -137,4 +140,6 @@ def task_loss(kind: Kind, logits: Tensor, labels: Mapping[str, Tensor]) -> Tenso
     if kind == "qa" and "start_positions" in labels:
         start = F.cross_entropy(logits[..., 0], labels["start_positions"])
         return (start + F.cross_entropy(logits[..., 1], labels["end_positions"])) / 2
-    return F.cross_entropy(logits.flatten(0, -2), labels["labels"].flatten(), ignore_index=IGNORED)
+    target = labels["labels"]
+    loss = F.cross_entropy(logits.flatten(0, -2), target.flatten(), ignore_index=IGNORED)
+    return of_all(loss, target != IGNORED) if target.dim() == 2 else loss

@@ -15,6 +15,7 @@ from bench.measure.closed_form import encoder
 from bench.progress import Progress
 from bench.tasks.batching import LengthBatches
 from bench.tasks.features import Feature, collate
+from bench.training import parallel
 from bench.training.loop import Checkpoint, Schedule, Trained, train
 
 Batch = dict[str, Tensor]
@@ -35,6 +36,16 @@ class FeatureBatches:
         """Return the padded batch of ``step`` (0-based)."""
         chosen = [self.features[i] for i in self.order.batch(step)]
         return {name: t.to(self.device) for name, t in collate(chosen, self.pad_token_id).items()}
+
+    def part(self, step: int, ranks: parallel.Ranks) -> tuple[Batch, float]:
+        """Return what one of several processes takes of the batch, as wide as the whole, and its share of the examples.
+
+        A batch is the same however many share it: their number takes no part in a run's identity.
+        """
+        chosen = [self.features[i] for i in self.order.batch(step)]
+        rows, share = ranks.part(len(chosen))
+        batch = collate(chosen, self.pad_token_id)
+        return {name: t[rows].to(self.device) for name, t in batch.items()}, share
 
     @property
     def mean_length(self) -> float:
@@ -92,8 +103,18 @@ def run_stage(
         progress.advance(1 if started else step, **parts)
         started = True
 
+    ranks = parallel.current()
+
+    def of_step(step: int) -> tuple[Tensor, dict[str, float]]:
+        if ranks is None:
+            return losses(step, batches(step))
+        batch, share = batches.part(step, ranks)
+        with parallel.working_on(share):
+            loss, parts = losses(step, batch)
+        return loss * share, {name: number * share for name, number in parts.items()}
+
     history = train(
-        lambda step: losses(step, batches(step)),
+        of_step,
         parameters,
         schedule,
         seed=seed,

@@ -1,0 +1,21 @@
+"""``python -m bench``: the ``bench`` command, also of several processes that ``accelerate launch`` starts together."""
+
+from __future__ import annotations
+
+from bench.cli import main
+from bench.team import joined
+
+
+def run() -> None:
+    """Run the command; of several processes the first does, and the others train along with it."""
+    with joined() as team:
+        if team is not None and team.rank:
+            from bench.runner import follow
+
+            follow(team)
+        else:
+            main(prog_name="bench")
+
+
+if __name__ == "__main__":
+    run()
