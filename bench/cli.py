@@ -268,7 +268,7 @@ def _sweep(
     to_wandb: bool,
     **where: Any,
 ) -> None:
-    """Run what is missing of a sweep, on this machine or a Slurm cluster.
+    """Run what is missing of a sweep, here or on a Slurm cluster.
 
     SWEEP is a file or a shipped name. Stop it at any moment and run it again to go on. A key replaces the file's
     values, commas separating several:
