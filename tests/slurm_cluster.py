@@ -49,7 +49,7 @@ class Cluster:
         (munge / "key").write_bytes(os.urandom(128))
         (munge / "key").chmod(0o600)
         (self.folder / "slurm.conf").write_text(self._config())
-        (self.folder / "gres.conf").write_text("Name=gpu File=/dev/tty[0-1]\n")
+        (self.folder / "gres.conf").write_text("Name=gpu File=/dev/null,/dev/zero\n")
         # it is not used, but without it slurmd looks for cgroups, which a container may lack
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         files = {"key-file": "key", "socket": "sock", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}

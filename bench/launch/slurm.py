@@ -26,9 +26,9 @@ from bench.launch.plan import PlannedCell, plan
 from bench.launch.slurm_queue import Job, SlurmQueue, ask
 from bench.locks import hold
 from bench.results import ResultStore
-from bench.runner import Cell, Mode, Surroundings, is_settled
+from bench.runner import Cell, Mode, Surroundings, is_settled, run
 from bench.tasks.digests import cache_folder
-from bench.tracking import Tracking, run_tracked
+from bench.tracking import Tracking
 
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
@@ -187,7 +187,7 @@ def submit(
         cells = plan(configs, store, where, mode)
         if all(cell.state == "error" for cell in cells):
             raise BenchError("\n".join(dict.fromkeys(cell.reason for cell in cells)))
-        todo = [cell for cell in cells if _is_to_do(cell, store, where, mode, tracking)]
+        todo = [cell for cell in cells if _is_to_do(cell, store, where, mode)]
         live = queue.jobs()
         submission = _Submission(executor, queue, options, make_task, live)
         try:
@@ -311,9 +311,7 @@ def _outside_of_jobs() -> Iterator[None]:
         os.environ |= hidden
 
 
-def _is_to_do(
-    cell: PlannedCell, store: ResultStore, where: Surroundings, mode: Mode, tracking: Tracking | None
-) -> bool:
+def _is_to_do(cell: PlannedCell, store: ResultStore, where: Surroundings, mode: Mode) -> bool:
     """Return whether a cell needs a node; one that is skipped for what it is gets its result here and now."""
     if cell.state != "skipped" or cell.run_id is None:
         return cell.pending
@@ -321,7 +319,7 @@ def _is_to_do(
         return False
     if Cell.resolve(cell.config, where).skip_reason() is None:
         return True  # only a run finds out, by the lengths of its examples
-    run_tracked(cell.config, store, where, mode, tracking=tracking)
+    run(cell.config, store, where, mode)
     return False
 
 

@@ -241,6 +241,19 @@ def test_what_slurm_refuses_is_not_taken_for_submitted(cluster: Cluster, at: Pat
     assert cluster.queue() == {} and SlurmQueue(ResultStore("results", "tiny")).submitted() == {}
 
 
+def test_what_needs_no_node_is_not_submitted(cluster: Cluster, at: Path) -> None:
+    """A method that cannot run there is a result as on one machine; a task that is nowhere is said, and no result."""
+    tasks = [str(at / "mood" / "mood.yaml"), str(at / "nowhere.yaml")]
+    said = submit(tiny_sweep(at, method="moefication", ratio=2, task=tasks))
+    assert said.code == 1 and cluster.queue() == {}
+    assert said.out.splitlines()[0] == "not submitted: 1 skipped, 1 error"
+    assert said.out.count("not done: ") == 1 and "nowhere.yaml" in said.out
+    [result] = results(at).values()
+    assert result["status"] == "skipped" and result["reason"]
+    assert submit(tiny_sweep(at, name="again", task=tasks[1])).code == 2
+    assert submit(tiny_sweep(at), "--mode", "read-only").code == 2
+
+
 @pytest.mark.parametrize(
     ("submitit", "path", "says"),
     [
