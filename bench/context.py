@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ class RunContext:
         ``data`` and ``model`` -> what identifies them.
     cache, progress
         Shared artifacts, and whoever watches.
+    place
+        Puts a model where it is trained, if that is in parts on several devices; ``None`` for ``device`` alone.
     stages, notes, setting
         What the method leaves for the result: its trainings, remarks, native setting (which it may make exact).
     bytes_added
@@ -74,6 +77,7 @@ class RunContext:
     revisions: dict[str, str]
     cache: ArtifactCache
     progress: Progress
+    place: Callable[[TaskModel], TaskModel] | None = None
     stages: list[TrainingStage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     setting: Setting = field(default_factory=lambda: Setting({}))
@@ -92,7 +96,11 @@ class RunContext:
     def pretrained(self) -> TaskModel:
         """Load the backbone as it was published, frozen, in evaluation mode."""
         model = load_task_model(self.config.backbone, self.spec, self.task, self.tokenizer, self.config.seed)
-        return model.to(self.device).eval().requires_grad_(False)
+        return self.placed(model.eval().requires_grad_(False))
+
+    def placed(self, model: TaskModel) -> TaskModel:
+        """Move a model to where it runs; what is frozen by then may lie in parts."""
+        return self.place(model) if self.place else model.to(self.device)
 
     def record(self, artifact: Artifact) -> None:
         """Note the trainings that made ``artifact``, here or earlier."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import io
 import time
 import traceback
@@ -269,6 +270,12 @@ def _execute(cell: Cell, store: ResultStore, where: Surroundings, progress: Prog
         teacher, model = _compressed(ctx, data)
     # what is evaluated and measured now, this process does alone
     ctx.cache = ArtifactCache(where.artifacts)
+    if ctx.place:
+        # and on a whole model: what was trained is in the cache, and a measured exchange would be no model's own time
+        del teacher, model
+        ctx = dataclasses.replace(ctx, place=None, stages=[], notes=[])
+        result.notes = ctx.notes
+        teacher, model = _compressed(ctx, data)
     model.eval()
     splits = {"selection": data.selection, "dev": data.dev}
     for split in ("selection", "dev"):
@@ -321,6 +328,16 @@ def _prepared(
             result.provenance.model_digest = f"{cell.revisions['model']}, commit {fetch(config.backbone).name}"
         result.examples = {name: len(examples) for name, examples in splits.items()} | available
     team = current()
+    place = None
+    if team and team.ranks.sharded:
+        from bench.training.sharding import shard
+
+        if not config.build_method().in_parts():
+            raise MachineError(
+                f"{config.method} changes the weights of the backbone itself, which FSDP keeps in parts; launch it "
+                "without --use_fsdp: each process then holds the whole model"
+            )
+        place = functools.partial(shard, ranks=team.ranks)
     ctx = RunContext(
         config=config,
         task=cell.task,
@@ -333,6 +350,7 @@ def _prepared(
         revisions=dict(cell.revisions),
         cache=TeamCache(where.artifacts, team) if team else ArtifactCache(where.artifacts),
         progress=progress,
+        place=place,
     )
     if result:
         # the lists are filled as the run goes on, so that a failed one tells what it had done
@@ -384,7 +402,7 @@ def follow(team: Team) -> None:
         cell = Cell.resolve(RunConfig.model_validate(said["config"]), where)
         if cell.run_id != said["run_id"]:
             raise MachineError("the processes of this run see different data, weights or code")
-        ctx, data = _prepared(cell, where, Silent(), team.device)
+        ctx, data = _prepared(cell, where, Silent(), team.ranks.device)
         _compressed(ctx, data)
 
     team.follow(run_along)
@@ -394,12 +412,13 @@ def _device(wanted: str) -> str:
     import torch
 
     if team := current():
-        if wanted not in ("auto", team.device.type):
+        if wanted not in ("auto", team.ranks.device.type):
+            kind = team.ranks.device.type
             raise MachineError(
-                f"the processes were launched for {team.device.type}, and --device is {wanted}; leave --device out, "
-                "and set ACCELERATE_USE_CPU=true for the CPU"
+                f"the processes were launched for {kind}, and --device is {wanted}; leave --device out, and set "
+                "ACCELERATE_USE_CPU=true for the CPU"
             )
-        return str(team.device)
+        return str(team.ranks.device)
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if wanted.startswith("cuda") and not torch.cuda.is_available():

@@ -25,7 +25,7 @@ from bench.artifacts import Artifact, ArtifactCache
 from bench.errors import BenchError, MachineError
 
 if TYPE_CHECKING:
-    import torch
+    from bench.training.parallel import Ranks
 
 GRACE = 20.0
 """Seconds after a process has failed in which the others fail likewise, or are stuck waiting for it."""
@@ -57,12 +57,12 @@ class Team:
     ----------
     connect
         Opens a connection of its own to the store that all share.
-    rank, size, device
-        As in ``bench.training.parallel.Ranks``.
+    ranks
+        Who they are.
     """
 
-    def __init__(self, connect: Callable[[], Any], rank: int, size: int, device: torch.device) -> None:
-        self.connect, self.rank, self.size, self.device = connect, rank, size, device
+    def __init__(self, connect: Callable[[], Any], ranks: Ranks) -> None:
+        self.connect, self.ranks, self.rank, self.size = connect, ranks, ranks.rank, ranks.size
         self._store = connect()
         self._said = self._cell = 0
         self._inside = False
@@ -241,8 +241,10 @@ def joined() -> Iterator[Team | None]:
         own = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
         return dist.PrefixStore(f"bench/{again}", own)  # type: ignore[attr-defined]
 
-    set_current(Ranks(state.process_index, state.num_processes, device))
-    _team = Team(connect, state.process_index, state.num_processes, device)
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    ranks = Ranks(state.process_index, state.num_processes, device, sharded)
+    set_current(ranks)
+    _team = Team(connect, ranks)
     try:
         yield _team
     finally:

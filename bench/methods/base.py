@@ -123,6 +123,13 @@ class Method(ABC):
         """Return which of ``uses`` are read with these settings; the others take no part in this run's identity."""
         return self.uses
 
+    def in_parts(self) -> bool:
+        """Return whether it may train while the backbone lies in parts on several devices (`bench.training.sharding`).
+
+        It may if it only runs the backbone's matrices, and neither reads nor changes their weights.
+        """
+        return False
+
     def skip(self, backbone: BackboneSpec, task: TaskSpec, ratio: float | None) -> str | None:
         """Return the reason why this cell cannot be run, or ``None``."""
         return None

@@ -26,6 +26,10 @@ class Dense(Method):
     frozen = True
     uses = frozenset()
 
+    def in_parts(self) -> bool:
+        """Return that the backbone is only run."""
+        return True
+
     def compress(self, teacher: Teacher, data: TaskData, ctx: RunContext) -> TaskModel:
         """Return the teacher's model."""
         return teacher.model

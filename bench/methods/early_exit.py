@@ -115,6 +115,10 @@ class EarlyExit(TrainedMethod):
     def __post_init__(self) -> None:
         parse_mix(self.losses, LOSSES)
 
+    def in_parts(self) -> bool:
+        """Return that the backbone is only run."""
+        return True
+
     def skip(self, backbone: BackboneSpec, task: TaskSpec, ratio: float | None) -> str | None:
         """Refuse whatever has no classes whose entropy says how sure a head is."""
         if task.kind in ("regression", "qa"):

@@ -97,6 +97,10 @@ class Merging(TrainedMethod):
         """Leave out the budget of a training that is left out."""
         return self.uses if self.finetune else frozenset({"ratio"})
 
+    def in_parts(self) -> bool:
+        """Return whether the backbone is only run."""
+        return not self.finetune
+
     def skip(self, backbone: BackboneSpec, task: TaskSpec, ratio: float | None) -> str | None:
         """Refuse a ratio that names no budget."""
         return refusal(self.name, ratio)

@@ -73,6 +73,10 @@ class TokenRouting(TrainedMethod):
     losses: str = "all_hidden=1,logits=0.1"
     temperature: Positive = 1.0
 
+    def in_parts(self) -> bool:
+        """Return that the backbone is only run."""
+        return True
+
     def skip(self, backbone: BackboneSpec, task: TaskSpec, ratio: float | None) -> str | None:
         """Refuse a ratio that names no budget."""
         return refusal(self.name, ratio)

@@ -130,6 +130,10 @@ class Variator(Method):
             return f"the ratio of variator is k, a whole number of at least 2; got {ratio}"
         return None
 
+    def in_parts(self) -> bool:
+        """Return that the backbone is only run."""
+        return True
+
     @property
     def learns(self) -> bool:
         """Whether the plugin has a parameter."""

@@ -44,11 +44,14 @@ class Ranks:
         Which one this is, from 0, and how many there are.
     device
         Where this one computes.
+    sharded
+        Whether a frozen backbone lies in parts on all of them (`bench.training.sharding`).
     """
 
     rank: int
     size: int
     device: torch.device
+    sharded: bool = False
 
     @property
     def main(self) -> bool:

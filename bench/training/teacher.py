@@ -30,7 +30,7 @@ def get_teacher(ctx: RunContext) -> Teacher:
     identity = ctx.config.teacher_identity(ctx.revisions["data"], ctx.revisions["model"])
 
     def make(folder: Path, checkpoint: Path) -> Mapping[str, Any]:
-        model = _fresh(ctx)
+        model = ctx.placed(_fresh(ctx))
         stage = _fine_tune(model, ctx, checkpoint)
         # with LoRA a task is its adapter and head alone; the backbone's own weights are not stored again
         save_file({n: p.detach().cpu().contiguous() for n, p in _trained(model).items()}, folder / WEIGHTS_FILE)
@@ -43,8 +43,7 @@ def get_teacher(ctx: RunContext) -> Teacher:
     if ctx.config.teacher_lora:
         # merged for the run: the teacher then costs exactly what the backbone costs
         _merge_lora(model)
-    model.to(ctx.device).eval().requires_grad_(False)
-    return Teacher(model, artifact)
+    return Teacher(ctx.placed(model.eval().requires_grad_(False)), artifact)
 
 
 def teacher_evaluation(teacher: Teacher, ctx: RunContext, data: TaskData) -> Evaluation:
@@ -78,7 +77,7 @@ def _fresh(ctx: RunContext) -> TaskModel:
         present = [h for h in heads or [] if any(n.split(".")[-1] == h for n, _ in model.model.named_modules())]
         lora = LoraConfig(r=16, lora_alpha=32, target_modules=LORA_TARGETS[ctx.spec.family], modules_to_save=present)
         model.model = get_peft_model(model.model, lora)
-    return model.to(ctx.device)
+    return model if ctx.place else model.to(ctx.device)
 
 
 def _merge_lora(model: TaskModel) -> None:
