@@ -8,9 +8,10 @@ import os
 import select
 import signal
 import struct
+import sys
 import termios
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -50,23 +51,31 @@ class Command:
         return (self.folder / "err").read_text()
 
 
-def launch(words: Sequence[str | Path], at: Path, terminal: bool = False) -> Command:
+def launch(
+    words: Sequence[str | Path],
+    at: Path,
+    terminal: bool = False,
+    environ: Mapping[str, str] | None = None,
+    machine: bool = True,
+) -> Command:
     """Start ``bench`` with its working folder at ``at``, which then holds ``results`` and ``cache``.
 
-    With ``terminal``, what it prints goes to a terminal of 80 x 24, and comes back as ``out``.
+    With ``terminal``, what it prints goes to a terminal of 80 x 24, and comes back as ``out``. ``environ`` is added to
+    its environment, where an empty value takes a name away. A command that runs nothing has no options that say on
+    which ``machine``.
     """
     folder = at / f"said-{len(list(at.glob('said-*')))}"
     folder.mkdir(parents=True)
     out, err = folder / "out", folder / "err"
     out.touch()
     err.touch()
-    arguments = [*map(str, words), "--cache-dir", str(at / "cache"), "--device", "cpu"]
+    arguments = [*map(str, words), *(["--cache-dir", str(at / "cache"), "--device", "cpu"] if machine else [])]
     if not terminal:
-        return Command(start(_bench, arguments, at, out, err), folder, at)
+        return Command(start(_bench, arguments, at, out, err, dict(environ or {})), folder, at)
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     name = Path(os.ttyname(slave))
-    process = start(_bench, arguments, at, name, name)
+    process = start(_bench, arguments, at, name, name, dict(environ or {}))
     copier = threading.Thread(target=_copy, args=(master, out, process), daemon=True)
     copier.start()
     return Command(process, folder, at, copier)
@@ -83,19 +92,32 @@ def _copy(terminal: int, to: Path, process: BaseProcess) -> None:
                 return
 
 
-def bench(words: Sequence[str | Path], at: Path) -> tuple[int, Command]:
+def bench(
+    words: Sequence[str | Path], at: Path, environ: Mapping[str, str] | None = None, machine: bool = True
+) -> tuple[int, Command]:
     """Run ``bench`` to its end and return the exit code with what it printed."""
-    command = launch(words, at)
+    command = launch(words, at, environ=environ, machine=machine)
     return command.wait(), command
 
 
-def _bench(arguments: list[str], at: Path, out: Path, err: Path) -> None:
+def _bench(arguments: list[str], at: Path, out: Path, err: Path, environ: dict[str, str]) -> None:
     os.chdir(at)
+    os.environ.update(environ)
+    for name in [name for name, value in environ.items() if not value]:
+        del os.environ[name]
     # tests that run in the background of a shell inherit that Ctrl-C is ignored, which a user's command does not
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["TERM"] = "xterm-256color"
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY), descriptor)
+    quick_measuring()
+    from bench.cli import main
+
+    main(arguments, prog_name="bench")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Be ``bench`` with quick measuring, in a process that something else has started."""
     quick_measuring()
     from bench.cli import main
 
@@ -132,3 +154,7 @@ def results(at: Path, study: str = "tiny") -> dict[str, dict[str, Any]]:
         assert name not in found, f"two results of {name}"
         found[name] = result
     return found
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

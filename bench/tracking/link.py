@@ -86,7 +86,9 @@ def environment(folder: Path) -> dict[str, str]:
     Files that wait to be sent lie there too, since ``wandb sync`` needs them, perhaps after they were moved.
     """
     at = Path(os.environ.get("WANDB_DIR") or folder).absolute()
-    chosen = {"WANDB_DIR": str(at), "WANDB_DATA_DIR": str(at / "wandb" / "data"), **os.environ}
+    chosen = {"WANDB_DIR": str(at), "WANDB_DATA_DIR": str(at / "wandb" / "data")}
+    # an empty variable says nothing, which W&B's library takes for a mistake
+    chosen |= {name: value for name, value in os.environ.items() if value or not name.startswith("WANDB_")}
     for name in ("base_url", "entity"):  # which `wandb init` may have set for this folder, where W&B no longer looks
         if said := setting(name):
             chosen[f"WANDB_{name.upper()}"] = said

@@ -67,7 +67,8 @@ def run_tracked(
     try:
         result = run(config, store, where, mode, watched, watched.begin)
     except BaseException as error:
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        # a task of Slurm that is to give its node back exits
+        status = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
         watched.end(status, SHORT_PATIENCE, reason=str(error)[:500] or type(error).__name__)
         raise
     watched.end(result.status, PATIENCE, result=result)
