@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from bench.cli import main
 from bench.team import joined
 
@@ -12,7 +14,8 @@ def run() -> None:
         if team is not None and team.rank:
             from bench.runner import follow
 
-            follow(team)
+            with contextlib.suppress(KeyboardInterrupt):  # the first process says what there is to say
+                follow(team)
         else:
             main(prog_name="bench")
 

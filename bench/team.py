@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -122,9 +121,10 @@ class Team:
                     run(said)
             except _Abandoned:
                 pass
-            except Exception:  # the leader fails alike, or is told why this one did
+            except BenchError:
+                pass  # in which all fail alike
+            except Exception:  # which the leader, if it does not fail alike, puts down
                 self._store.set(f"reason/{self._cell}", f"process {self.rank}: {traceback.format_exc()}")
-                print(f"process {self.rank} failed:\n{traceback.format_exc()}", file=sys.__stderr__, flush=True)
 
     def _next(self) -> dict[str, Any]:
         while True:

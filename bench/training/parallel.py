@@ -147,6 +147,11 @@ def current() -> Ranks | None:
     return _ranks
 
 
+def writes() -> bool:
+    """Return whether this process is the one whose files are kept."""
+    return _ranks is None or _ranks.main
+
+
 def set_current(ranks: Ranks | None) -> None:
     """Say which processes train together from now on; their process group is there."""
     global _ranks

@@ -18,6 +18,7 @@ from bench.backbones.write_out import write_out, written_encoder
 from bench.context import RunContext, Teacher
 from bench.errors import BackboneError
 from bench.measure.size import bytes_on_disk
+from bench.training.parallel import writes
 
 WEIGHTS_FILE = "student.safetensors"
 
@@ -77,8 +78,9 @@ def changed(model: nn.Module, teacher: nn.Module) -> dict[str, nn.Parameter]:
 
 def save_weights(model: nn.Module, teacher: nn.Module, folder: Path) -> None:
     """Write what ``model`` does not share with ``teacher``."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in changed(model, teacher).items()}
-    save_file(tensors, folder / WEIGHTS_FILE)
+    if writes():
+        tensors = {name: p.detach().cpu().contiguous() for name, p in changed(model, teacher).items()}
+        save_file(tensors, folder / WEIGHTS_FILE)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from bench.tasks.data import TaskData
 from bench.tasks.evaluation import evaluate
 from bench.training.loop import Schedule
 from bench.training.losses import task_loss
+from bench.training.parallel import writes
 from bench.training.stage import Batch, FeatureBatches, label_inputs, model_inputs, run_stage
 
 WEIGHTS_FILE = "teacher.safetensors"
@@ -32,8 +33,9 @@ def get_teacher(ctx: RunContext) -> Teacher:
     def make(folder: Path, checkpoint: Path) -> Mapping[str, Any]:
         model = ctx.placed(_fresh(ctx))
         stage = _fine_tune(model, ctx, checkpoint)
-        # with LoRA a task is its adapter and head alone; the backbone's own weights are not stored again
-        save_file({n: p.detach().cpu().contiguous() for n, p in _trained(model).items()}, folder / WEIGHTS_FILE)
+        if writes():
+            # with LoRA a task is its adapter and head alone; the backbone's own weights are not stored again
+            save_file({n: p.detach().cpu().contiguous() for n, p in _trained(model).items()}, folder / WEIGHTS_FILE)
         return {"stages": [stage | {"artifact": ctx.cache.key("teacher", identity)}]}
 
     artifact = ctx.cache.get("teacher", identity, make, ctx.progress.message)
