@@ -107,7 +107,7 @@ def run_and_print(
     cells = plan(configs, store, where, mode)
     if all(cell.state == "error" for cell in cells):
         raise BenchError("\n".join(dict.fromkeys(cell.reason for cell in cells)))
-    if tracking and mode != "read-only":
+    if tracking:
         errors = console(stderr=True)
         pending = [cell.run_id for cell in cells if cell.pending and cell.run_id]
         tracking, fetched = prepare(tracking, pending, store, mode, lambda text: say(errors, text))

@@ -24,6 +24,11 @@ def mode() -> str | None:
     return "disabled" if said == "disabled" else "online" if said in _ONLINE else "offline"
 
 
+def wanted() -> str:
+    """Return the mode: as it is said, or else ``online`` where there is a key and ``offline`` where there is none."""
+    return mode() or ("online" if has_key() else "offline")
+
+
 def has_key() -> bool:
     """Return whether W&B's library finds a key for its server."""
     if setting("api_key") or setting("identity_token_file"):

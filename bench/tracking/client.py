@@ -102,7 +102,8 @@ def _conclude(run: wandb.Run, setup: dict[str, Any], end: dict[str, Any]) -> Non
         return
     path = Path(end["result"])
     result = parse(path.read_bytes(), path)
-    run.summary.update(summary_of(result))
+    earlier = {"reason": ""} if run.resumed else {}  # a run that failed before had one, and nothing is ever removed
+    run.summary.update(earlier | summary_of(result))
     run.config.update({"knob": result.knob}, allow_val_change=True)  # type: ignore[no-untyped-call]
     run.notes = notes_of(setup["command"], path, result)
     if result.status != "interrupted":

@@ -37,6 +37,7 @@ def prepare(
     How they are tracked, and how many results were brought back.
     """
     told = mode()
+    pending = [] if runs == "read-only" else pending
     if told == "disabled" or not (pending or has_agent()):
         return None, 0
     folder = os.path.join(os.environ.get("WANDB_DIR") or store.folder, "wandb")

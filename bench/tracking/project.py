@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.config import run_id as identified_by
 from bench.errors import BenchError
 from bench.results import ResultStore, RunResult, parse, write_atomic
 from bench.tracking.account import first_line, has_key
@@ -174,7 +175,9 @@ def _take(folder: Path, run_id: str, root: Path, study: str | None, pulled: Pull
     content = path.read_bytes()
     result = parse(content, path)
     store = ResultStore(root, study or result.study)
-    if result.run_id != run_id or result.predictions not in (None, f"predictions/{run_id}.parquet"):
+    # whoever may write to the project may put anything there: the name must be that of what the result says it is
+    own = {result.run_id, identified_by(result.identity)} == {run_id}
+    if not own or result.predictions not in (None, f"predictions/{run_id}.parquet"):
         raise BenchError("its result is of another run")
     if result.status not in STANDING:
         return

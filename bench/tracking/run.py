@@ -10,6 +10,7 @@ from bench.config import RunConfig
 from bench.progress import Progress, Silent
 from bench.results import ResultStore, RunResult
 from bench.runner import Cell, Mode, Surroundings, run
+from bench.tracking.account import wanted
 from bench.tracking.link import Link
 from bench.tracking.record import notes_of, settings_of, tags_of
 
@@ -59,7 +60,7 @@ def run_tracked(
     A cell that is not run is not tracked, but for an agent's: its run is there already, and gets the stored result.
     """
     progress = progress or Silent()
-    if tracking is None:
+    if tracking is None or wanted() == "disabled":
         return run(config, store, where, mode, progress)
     watched = _Watched(Cell.resolve(config, where), store, where, progress, tracking)
     if has_agent():
@@ -88,7 +89,7 @@ class _Watched:
 
     def begin(self) -> None:
         if self.link is None:
-            self.link = self._link(self.tracking.online and not _given_up)
+            self.link = self._link(self.tracking.online and wanted() == "online" and not _given_up)
 
     def stage(self, name: str, total: int, weight: float = 0.0) -> None:
         self.step = 0
