@@ -148,7 +148,7 @@ def _executor(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Slurm: any other parameter of sbatch; repeat it.",
         ),
         click.option("--memory", help="Slurm: memory of a cell, such as 16G."),
-        click.option("--gpus", type=count, help="Slurm: GPUs of a cell."),
+        click.option("--gpus", type=count, help="Slurm: GPUs of a cell, which train it together."),
         click.option("--cpus", type=count, help="Slurm: processors of a cell, which are its threads."),
         click.option(
             "--time", type=count, help="Slurm: minutes, after which a cell is queued again and goes on.  [default: 240]"

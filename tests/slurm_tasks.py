@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from bench.launch.slurm import CellTask
+from bench.launch.slurm_task import CellTask
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Submit a sweep to Slurm and leave: job arrays of what is still to do.
 
-Imports submitit where something is submitted, and torch nowhere but in the array's tasks.
+Imports submitit where something is submitted, and no torch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import functools
 import os
 import re
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from bench.errors import BenchError, ConfigError, MachineError
 from bench.launch.display import console, one_line, say
 from bench.launch.plan import PlannedCell, plan
 from bench.launch.slurm_queue import Job, SlurmQueue, ask
+from bench.launch.slurm_task import CellTask
 from bench.locks import hold
 from bench.results import ResultStore
 from bench.runner import Cell, Mode, Surroundings, is_settled, run
@@ -32,7 +32,6 @@ from bench.tracking import Tracking
 
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
-    from submitit.helpers import DelayedSubmission
 
 DEFAULT_MINUTES = 240
 TIME_OUTS = 20
@@ -116,42 +115,6 @@ class SlurmOptions:
         }
 
 
-@dataclass(frozen=True)
-class CellTask:
-    """What a task of an array does: one cell, just as ``bench run`` does it.
-
-    When Slurm takes its node away or its time is up, it is queued again, and its training goes on from the checkpoint
-    in the artifact cache.
-    """
-
-    config: RunConfig
-    store: ResultStore
-    where: Surroundings
-    mode: Mode
-    tracking: Tracking | None
-
-    def __call__(self) -> None:
-        """Run the cell; what fails exits with a code for Slurm's own tools, and its result says why."""
-        threads = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or "1"
-        # before torch is imported, which reads it then
-        os.environ |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-        from bench.launch.listing import run_and_print
-
-        try:
-            code = run_and_print([self.config], self.store, self.where, self.mode, self.tracking)
-        except BenchError as error:
-            print(f"error: {error}", file=sys.stderr)
-            code = 2
-        if code:
-            sys.exit(code)
-
-    def checkpoint(self) -> DelayedSubmission:
-        """Return what is to run when the cell is queued again: the same."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
-
-
 def submit(
     configs: Sequence[RunConfig],
     store: ResultStore,
@@ -181,7 +144,12 @@ def submit(
     # tasks are told whole paths, so that the environment of their node cannot lead them elsewhere
     where = Surroundings(where.data_root, (where.cache_dir or cache_folder()).absolute(), where.device)
     make_task = functools.partial(
-        CellTask, store=ResultStore(store.root.absolute(), store.study), where=where, mode=mode, tracking=tracking
+        CellTask,
+        store=ResultStore(store.root.absolute(), store.study),
+        where=where,
+        mode=mode,
+        tracking=tracking,
+        processes=options.gpus or 1,
     )
     with hold(queue.folder / "submit.lock", lambda: say(out, "another process submits this study; waiting")):
         cells = plan(configs, store, where, mode)

@@ -241,6 +241,18 @@ def test_what_slurm_refuses_is_not_taken_for_submitted(cluster: Cluster, at: Pat
     assert cluster.queue() == {} and SlurmQueue(ResultStore("results", "tiny")).submitted() == {}
 
 
+@pytest.mark.timeout(600)
+def test_several_gpus_train_a_cell_together(cluster: Cluster, at: Path) -> None:
+    """Slurm gives two GPUs, which are none: two processes share the work on processors."""
+    assert submitted(submit(tiny_sweep(at, method="variator", ratio=2), "--gpus", "2", "--cpus", "2")) == [1]
+    cluster.wait_for_end()
+    [result] = results(at).values()
+    log = (at / "results" / "tiny" / "logs" / f"{result['run_id']}.log").read_text()
+    assert result["status"] == "done", log
+    assert log.count(f"done: {at}/results/tiny/runs/{result['run_id']}.json") == 1
+    assert (result["provenance"]["device"], result["provenance"]["threads"]) == ("2 processes on cpu", 1)
+
+
 def test_what_needs_no_node_is_not_submitted(cluster: Cluster, at: Path) -> None:
     """A method that cannot run there is a result as on one machine; a task that is nowhere is said, and no result."""
     tasks = [str(at / "mood" / "mood.yaml"), str(at / "nowhere.yaml")]
