@@ -16,6 +16,7 @@ from bench.config import RunConfig
 from bench.errors import BenchError, DamagedResult, Unreachable
 from bench.locks import is_held
 from bench.measure.closed_form import backbone_parameters, encoder, weight_bytes
+from bench.methods.base import Method
 from bench.results import ResultStore
 from bench.runner import Cell, Mode, Surroundings, is_settled
 from bench.tasks.sources import locate
@@ -123,10 +124,13 @@ def _plan_cell(
         state, reason = stored.status, stored.reason or ""
     elif stored is not None and stored.status in ("running", "interrupted"):
         state = "running" if is_held(store.lock_path(cell.run_id)) else "interrupted"
-    planned = PlannedCell(config, cell.run_id, state, reason or damage, **_backbone_costs(cell))
+    planned = PlannedCell(
+        config, cell.run_id, state, reason or damage, **_backbone_costs(cell.spec, cell.task.kind, cell.task.n_outputs)
+    )
     if state != "skipped":
         try:
-            planned = dataclasses.replace(planned, **_method_costs(cell))
+            costs = _method_costs(config.build_method(), cell.spec, config.ratio)
+            planned = dataclasses.replace(planned, **costs)
         except Unreachable as error:
             planned = dataclasses.replace(planned, state="skipped", reason=str(error))
     if planned.pending:
@@ -134,18 +138,20 @@ def _plan_cell(
     return planned
 
 
-def _backbone_costs(cell: Cell) -> dict[str, Any]:
-    parameters = backbone_parameters(cell.spec, None if cell.task.kind == "qa" else max(1, cell.task.n_outputs))
+# A plan of thousands of cells asks for the prices of a few shapes.
+@functools.lru_cache(1024)
+def _backbone_costs(spec: BackboneSpec, kind: str, n_outputs: int) -> dict[str, Any]:
+    parameters = backbone_parameters(spec, None if kind == "qa" else max(1, n_outputs))
     return {
-        "encoder_gflops": encoder(cell.spec, PLANNED_LENGTH).encoder / 1e9,
+        "encoder_gflops": _per_example(spec, PLANNED_LENGTH) / 1e9,
         "parameters": parameters,
         "weight_bytes": weight_bytes(parameters),
     }
 
 
-def _method_costs(cell: Cell) -> dict[str, Any]:
-    config = cell.config
-    setting = config.build_method().setting(cell.spec, config.ratio, {PLANNED_LENGTH: 1})
+@functools.lru_cache(1024)
+def _method_costs(method: Method, spec: BackboneSpec, ratio: float | None) -> dict[str, Any]:
+    setting = method.setting(spec, ratio, {PLANNED_LENGTH: 1})
     return {
         "knob": ", ".join(f"{name}={value}" for name, value in setting.knob.items()),
         "remaining": setting.remaining,
@@ -177,6 +183,7 @@ def _work(cell: Cell, cache: ArtifactCache, where: Surroundings, shared: set[str
     return {"cached": tuple(cached), "needs": frozenset(needs), "flops": flops}
 
 
+@functools.lru_cache(1024)
 def _per_example(spec: BackboneSpec, tokens: int) -> float:
     return float(encoder(spec, tokens).encoder)
 

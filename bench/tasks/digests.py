@@ -48,9 +48,20 @@ def file_digest(path: Path) -> str:
     return digest
 
 
+_held: dict[Path, tuple[tuple[int, int], dict[str, Any]]] = {}
+"""The cache as it was read last, since a plan asks for the same few digests thousands of times."""
+
+
 def _read(cache: Path) -> dict[str, Any]:
     try:
+        stat = cache.stat()
+        state = (stat.st_mtime_ns, stat.st_size)
+        if cache in _held and _held[cache][0] == state:
+            return _held[cache][1]
         content = json.loads(cache.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    _held[cache] = state, content
+    return content

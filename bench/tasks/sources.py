@@ -51,9 +51,12 @@ def effective_root(data_root: Path | None) -> Path | None:
     return root
 
 
+_BUNDLE = Path(str(resources.files("bench.tasks") / "bundled"))
+
+
 def bundled(name: str) -> Path:
     """Return the folder of a data set that ships in the package (it need not exist)."""
-    return Path(str(resources.files("bench.tasks") / "bundled" / name))
+    return _BUNDLE / name
 
 
 def split_file(folder: Path, stems: Sequence[str]) -> Path:
