@@ -49,6 +49,8 @@ def problem(command: str) -> str | None:
         return _python(arguments)
     if program == "pip":
         return _pip(arguments)
+    if program == "accelerate":
+        return _accelerate(arguments)
     if program == "wandb":
         return _wandb(arguments)
     return None if program in SHELL else f"unknown program {program}"
@@ -111,6 +113,8 @@ def _python(arguments: list[str]) -> str | None:
     match arguments:
         case ["-m", "analysis", *rest]:
             return _click(analysis.__main__.main, rest)
+        case ["-m", "bench", *rest]:
+            return _click(bench.cli.main, rest)
         case ["-m", "pip", *rest]:
             return _pip(rest)
         case ["-m", "pytest" | "venv", *_]:
@@ -131,6 +135,18 @@ def _pip(arguments: list[str]) -> str | None:
                     return f"no extra {extra}"
     files = [file for flag, file in pairwise(arguments) if flag in ("-c", "-r", "--constraint", "--requirement")]
     return next((f"{file} does not exist" for file in files if not (ROOT / file).is_file()), None)
+
+
+def _accelerate(arguments: list[str]) -> str | None:
+    from accelerate.commands.launch import launch_command_parser
+
+    if arguments[:1] != ["launch"]:
+        return None if arguments in (["config"], ["env"]) else "no such command"
+    try:
+        given = launch_command_parser().parse_args(arguments[1:])
+    except SystemExit:
+        return "accelerate launch does not take these options"
+    return _python(["-m" if given.module else "", given.training_script, *given.training_script_args])
 
 
 def _wandb(arguments: list[str]) -> str | None:

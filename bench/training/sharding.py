@@ -35,5 +35,6 @@ def shard(model: TaskModel, ranks: Ranks) -> TaskModel:
     for unit in units:
         # a model that shares weights (`share_weights`) shares them with all that keeps them in parts
         unit.__deepcopy__ = lambda memo, unit=unit: unit
-    share_comm_ctx(units)
+    if units:
+        share_comm_ctx(units)
     return model.to(ranks.device)
