@@ -35,6 +35,5 @@ def shard(model: TaskModel, ranks: Ranks) -> TaskModel:
     for unit in units:
         # a model that shares weights (`share_weights`) shares them with all that keeps them in parts
         unit.__deepcopy__ = lambda memo, unit=unit: unit
-    if units:
-        share_comm_ctx(units)
+    share_comm_ctx(units)
     return model.to(ranks.device)
