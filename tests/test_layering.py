@@ -44,7 +44,7 @@ ARROWS = {
     "describe": f"{_CONTRACTS} {_PARTS}",
     "testing": f"{_CONTRACTS} {_PARTS} artifacts context training costing runner describe",
     "analysis": "errors results",
-    "launch": f"{_CONTRACTS} {_PARTS} artifacts runner tracking describe analysis",
+    "launch": f"{_CONTRACTS} {_PARTS} plugins artifacts runner tracking describe analysis",
     "cli": "version errors results config runner tracking describe launch",
     "__main__": "team runner cli",
 }
