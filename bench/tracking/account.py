@@ -62,5 +62,7 @@ def setting(name: str) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what went wrong."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first line of what went wrong, without its full stop."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    # the library's own words for a server that is silent are that its own process is busy
+    return "the server does not answer" if "did not respond in time" in line else line.rstrip(".")

@@ -60,21 +60,22 @@ def finish(*agents: subprocess.Popen[str]) -> list[str]:
             agent.kill()
 
 
+@pytest.mark.timeout(600)  # each point is a process that imports torch, and an agent asks for one every five seconds
 def test_two_agents_at_once_share_a_grid_with_a_point_that_crashes(online: Account, tmp_path: Path) -> None:
-    """Dense comes twice, since it ignores k; one learning rate diverges; and all come out as of `bench sweep`."""
-    path = for_agents(tiny_sweep(tmp_path, ratio=[2, 4], lr=[1e30, 1e-3]), "agents")
+    """Dense comes twice, since it ignores the learning rate, of which one diverges."""
+    path = for_agents(tiny_sweep(tmp_path, ratio=4, lr=[1e30, 1e-3]), "agents")
     line = agent_line(online.command(["wandb", "sweep", path], tmp_path))
     told = Account(online.state, online.environ | {"WANDB_AGENT_DISABLE_FLAPPING": "true"})
     said = "".join(finish(*(told.start(line, tmp_path) for _ in range(2))))
     stored = {p.stem: p for p in (tmp_path / "results" / "tiny" / "runs").glob("*.json")}
     runs = online.runs("agents")
-    assert len(runs) == 8 and len(stored) == 5, said
+    assert len(runs) == 4 and len(stored) == 3, said
     assert {run["config"]["run_id"] for run in runs} == set(stored), "each point is a run of the store"
     assert {run["sweep"] for run in runs} == {line[-1].split("/")[-1]}
     assert len({run["agent"] for run in runs}) == 2
     ends = sorted((run["config"]["method"], run["state"], run["summary"]["status"]) for run in runs)
     well, diverged = ("variator", "finished", "done"), ("variator", "failed", "diverged")
-    assert ends == [("dense", "finished", "done")] * 4 + [diverged] * 2 + [well] * 2
+    assert ends == [("dense", "finished", "done")] * 2 + [diverged, well]
     for run in runs:
         assert "selection/primary" in run["summary"] or run["state"] == "failed"
         assert run["group"] == "tiny" and run["displayName"].startswith("mood · bert · ")
@@ -82,14 +83,15 @@ def test_two_agents_at_once_share_a_grid_with_a_point_that_crashes(online: Accou
 
     code, command = bench(["sweep", path], tmp_path, online.environ)
     assert "W&B" not in command.err, "nothing is left to do"
-    assert code == 1 and len(online.runs("agents")) == 8
+    assert code == 1 and len(online.runs("agents")) == 4
 
 
+@pytest.mark.timeout(600)
 def test_an_agent_that_is_stopped_is_followed_by_another(online: Account, tmp_path: Path) -> None:
-    path = for_agents(tiny_sweep(tmp_path, method="variator", ratio=[2, 4], steps=400), "stopped")
+    path = for_agents(tiny_sweep(tmp_path, method="variator", ratio=[2, 4]), "stopped")
     line = agent_line(online.command(["wandb", "sweep", path], tmp_path))
     first = online.start(line, tmp_path)
-    until(lambda: any(run["historyLines"] for run in online.runs("stopped")), "loss of a run")
+    until(lambda: any(run["state"] == "running" for run in online.runs("stopped")), "run")
     first.kill()
     for pid in runs_below(tmp_path):
         os.kill(pid, signal.SIGKILL)
@@ -98,9 +100,9 @@ def test_an_agent_that_is_stopped_is_followed_by_another(online: Account, tmp_pa
     finish(online.start(line, tmp_path))
     killed, other = online.runs("stopped")
     assert (killed["state"], other["state"]) == ("killed", "finished")
-    assert sorted(result["status"] for result in results(tmp_path).values()) == ["done", "running"]
+    assert [result["status"] for result in results(tmp_path).values()].count("done") == 1
 
-    # the point that was killed is not given out again: the sweep's own command completes it, from its checkpoint
+    # the point that was killed is not given out again: the sweep's own command completes it
     code, command = bench(["sweep", path], tmp_path, online.environ)
     assert code == 0, command.err
     assert sorted(result["status"] for result in results(tmp_path).values()) == ["done", "done"]
