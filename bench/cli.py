@@ -330,7 +330,7 @@ def status(study: str | None, results: Path) -> None:
 @click.option("--study", help="Study that the results go to; that of each result.")
 @_results
 def pull(project: str, study: str | None, results: Path) -> None:
-    """Bring the finished runs of a W&B project back as the results that they were.
+    """Bring finished runs of a W&B project back as results.
 
     PROJECT is ENTITY/PROJECT, or ENTITY/PROJECT/SWEEP for the runs of one sweep. Results that are here stay.
     """
