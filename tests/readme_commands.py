@@ -150,4 +150,4 @@ def _accelerate(arguments: list[str]) -> str | None:
 
 
 def _wandb(arguments: list[str]) -> str | None:
-    return None if arguments and arguments[0] in ("agent", "login", "offline", "online", "sweep") else "no such command"
+    return None if arguments and arguments[0] in ("agent", "login", "offline", "online", "sweep", "sync") else "no such command"
