@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,30 +21,10 @@ from bench.launch.slurm_queue import SlurmQueue
 from bench.results import ResultStore
 from tests.bench_command import bench as local
 from tests.bench_command import results, tiny_sweep
-from tests.slurm_cluster import DAEMONS, Cluster, wait_until
+from tests.slurm_cluster import Cluster, wait_until
 from tests.slurm_tasks import QuickTask
 
 ROOT = Path(__file__).parents[3]
-LARGEST_ARRAY = 2
-
-
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    """Return a running Slurm; where its packages are not installed, the tests are skipped, and say so."""
-    if missing := [name for name in DAEMONS if not shutil.which(name)]:
-        reason = f"sweeps on Slurm are not tested here: no {', '.join(missing)} (Debian: slurm-wlm, munge)"
-        if os.environ.get("REQUIRE_SLURM") == "1":
-            pytest.fail(reason)
-        warnings.warn(reason, stacklevel=1)
-        pytest.skip(reason)
-    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-    cluster = Cluster(folder, LARGEST_ARRAY)
-    try:
-        cluster.start()
-        yield cluster
-    finally:
-        cluster.stop()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

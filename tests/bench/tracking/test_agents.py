@@ -54,7 +54,7 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 def finish(*agents: subprocess.Popen[str]) -> list[str]:
     try:
-        return [agent.communicate(timeout=PATIENCE)[0] for agent in agents]
+        return [agent.communicate(timeout=2 * PATIENCE)[0] for agent in agents]
     finally:
         for agent in agents:
             agent.kill()
