@@ -354,9 +354,10 @@ def report(study: str, results: Path) -> None:
 @click.argument("out", type=_FOLDER)
 @click.option("--backbone", help="What it was made for; the original T5 of its width and depth.")
 def convert(file: Path, out: Path, backbone: str | None) -> None:
-    """Make a plugin of FILE, a checkpoint that the authors of Variator released, in the folder OUT.
+    """Convert a plugin that the authors of Variator released.
 
-    Nothing but tensors is read of it: a pickle that would do anything else is refused.
+    FILE is their checkpoint, OUT the folder to make. Nothing but tensors is read: a pickle that would do anything else
+    is refused.
     """
     from bench.launch.listing import convert_and_print
 

@@ -150,4 +150,5 @@ def _accelerate(arguments: list[str]) -> str | None:
 
 
 def _wandb(arguments: list[str]) -> str | None:
-    return None if arguments and arguments[0] in ("agent", "login", "offline", "online", "sweep", "sync") else "no such command"
+    known = ("agent", "login", "offline", "online", "sweep", "sync")
+    return None if arguments and arguments[0] in known else "no such command"
