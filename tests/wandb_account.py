@@ -52,11 +52,11 @@ class Account:
             [program, *rest], cwd=at, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
 
-    def command(self, words: Sequence[str | Path], at: Path) -> str:
+    def command(self, words: Sequence[str | Path], at: Path, patience: float = PATIENCE) -> str:
         """Run a command to its end and return what it printed."""
         process = self.start(words, at)
         try:
-            said, _ = process.communicate(timeout=PATIENCE)
+            said, _ = process.communicate(timeout=patience)
         finally:
             process.kill()
         assert process.returncode == 0, said

@@ -15,8 +15,9 @@ import yaml
 from tests.slurm_cluster import Cluster
 from tests.wandb_account import ROOT, Account, account
 
-SMALL = {"train_examples": 64, "dev_examples": 64, "pretrain_steps": 4, "steps": 6}
+SMALL = {"train_examples": 64, "dev_examples": 64, "max_length": 32, "pretrain_steps": 4, "steps": 6}
 """What makes the shipped sweep a matter of a minute; all else is as it is shipped."""
+PATIENCE = 600
 SAME = ("status", "identity", "evaluations", "teacher_evaluations", "cost", "knob", "notes", "examples")
 
 
@@ -41,7 +42,7 @@ def result_set(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(4 * PATIENCE)  # real weights, and a dozen processes that import torch
 def test_agents_jobs_and_slurm_give_the_same(cluster: Cluster, tmp_path: Path) -> None:
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with account(tmp_path / "account") as found:
@@ -57,12 +58,14 @@ def test_agents_jobs_and_slurm_give_the_same(cluster: Cluster, tmp_path: Path) -
                 assert line
                 agents = [user.start(line[0].split(), at) for _ in range(2)]
                 for agent in agents:
-                    agent.wait(600)
+                    agent.wait(PATIENCE)
             elif way == "jobs":
-                user.command(["bench", "sweep", path, "--jobs", "2", "--device", "cpu"], at)
+                user.command(["bench", "sweep", path, "--jobs", "2", "--device", "cpu"], at, PATIENCE)
             else:
-                user.command(["bench", "sweep", path, "--executor", "slurm", "--cpus", "1", "--device", "cpu"], at)
-                cluster.wait_for_end(600)
+                user.command(
+                    ["bench", "sweep", path, "--executor", "slurm", "--cpus", "1", "--device", "cpu"], at, PATIENCE
+                )
+                cluster.wait_for_end(PATIENCE)
         agents, jobs, slurm = (result_set(tmp_path / way) for way in ("agents", "jobs", "slurm"))
         runs = found.runs("variator-bench")
     assert len(agents) == 4 and {result["status"] for result in agents.values()} == {"done"}
