@@ -241,6 +241,9 @@ def _series(frame: pd.DataFrame) -> pd.Series:
         told = frozenset().union(*rows["command"])
         # what a command gives says more than what follows from it, such as the batch of a training that is left out
         differing = sorted((key for key in identity if varied[key]), key=lambda key: key.rsplit(".", 1)[-1] not in told)
+        # an identity leaves out what plays no part, which the configuration still names: what is shown must differ
+        named = (f"option.{key.rsplit('.', 1)[-1]}" for key in differing)
+        differing = [name if name in rows else key for name, key in zip(named, differing, strict=True)]
         wanted, chosen = _groups(rows, [*where, *differing]), list[str]()
         for key in ("option.recipe", *differing):
             if key in rows and _groups(rows, [*where, *chosen]) < min(wanted, _groups(rows, [*where, *chosen, key])):
@@ -250,10 +253,7 @@ def _series(frame: pd.DataFrame) -> pd.Series:
             if _groups(rows, [*where, *others]) >= wanted:
                 chosen = others
         shown = [key.rsplit(".", 1)[-1] for key in chosen]
-        # an identity leaves out what plays no part, which the configuration still names
-        values = [
-            f"option.{name}" if f"option.{name}" in rows else key for name, key in zip(shown, chosen, strict=True)
-        ]
+        values = chosen
         settings = list(rows[values].itertuples(index=False, name=None))
         given = [tuple(name in command for name in shown) for command in rows["command"]]
         brief = [_named(str(method), shown, *pair) for pair in zip(settings, given, strict=True)]

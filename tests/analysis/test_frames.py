@@ -125,6 +125,14 @@ def test_a_setting_that_was_given_is_named_before_one_that_follows_from_it(tmp_p
     assert series(tmp_path, with_batch, without) == ["variator", "variator (pretrain_steps=0)"]
 
 
+def test_a_setting_that_plays_no_part_does_not_name_a_series(tmp_path):
+    """A plugin that is not adapted takes no steps: its identity lacks them, its configuration names them still."""
+    adapted = make_run(config={"steps": 200})
+    still, predictions = make_run(config={"steps": 200}, options={"adapt": False})
+    del still.identity["steps"]
+    assert series(tmp_path, adapted, (still, predictions)) == ["variator", "variator (adapt=False)"]
+
+
 def test_a_default_is_named_where_its_name_would_be_anothers(tmp_path):
     runs = [make_run(), make_run(options={"bottleneck": 16})]
     for result, _ in runs:  # as two versions of the library would, each with a default of its own
