@@ -12,7 +12,6 @@ from bench.progress import Silent
 from bench.results import ResultStore
 from bench.runner import Cell, Surroundings, run
 from tests.checkpoints import quick_config, task_file, tiny_checkpoint
-from tests.workers import quick_measuring
 
 
 class Heard(Silent):
@@ -26,7 +25,6 @@ class Heard(Silent):
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[ResultStore, Cell, Surroundings]:
     at = tmp_path_factory.mktemp("dense")
-    quick_measuring()
     config = quick_config(task_file(at / "task"), tiny_checkpoint(at / "tiny", "bert"), method="dense")
     where, store = Surroundings(cache_dir=at / "cache", device="cpu"), ResultStore(at / "results", "study")
     run(config, store, where)

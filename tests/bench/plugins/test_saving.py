@@ -89,7 +89,7 @@ def test_missing_files_are_named(folder: Path, tmp_path: Path) -> None:
     (folder / WEIGHTS_FILE).unlink()
     with pytest.raises(PluginError, match=f"{WEIGHTS_FILE} is missing"):
         Plugin.from_pretrained(folder)
-    with pytest.raises(PluginError, match="cannot be read"):
+    with pytest.raises(PluginError, match="is a file, and a plugin is a folder of"):
         Plugin.from_pretrained(folder / CONFIG_FILE)
 
 
