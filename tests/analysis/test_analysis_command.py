@@ -1,6 +1,7 @@
 """`python -m analysis` and the summary in the terminal."""
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from analysis.__main__ import main
 from analysis.console import print_summary
-from analysis.report import regenerate
+from analysis.report import made_before, regenerate
 from tests.analysis.synthetic import glue, make_run, write_runs
 
 
@@ -113,3 +114,20 @@ def test_a_study_without_scores_still_prints_why(tmp_path):
     assert printed(write_runs(tmp_path, [make_run(status="skipped", reason="[too far]")])) == (
         "skipped: t5-base sst2 variator 4, seed 0: [too far]\n"
     )
+
+
+def test_tables_and_figures_are_taken_for_fresh_only_while_every_result_is_older(tmp_path):
+    folder = write_runs(tmp_path, [make_run(seed=0), make_run(method="dense", seed=0)])
+    assert made_before(folder) == []
+    made = regenerate(tmp_path, folder.name, formats=("png",)).paths
+    assert sorted(made_before(folder)) == sorted(made)
+    newest = max(path.stat().st_mtime for path in made)
+    result = next((folder / "runs").glob("*.json"))
+    os.utime(result, (newest + 1, newest + 1))
+    assert made_before(folder) == [], "a result is newer"
+    for path in made:
+        os.utime(path, (newest + 2, newest + 2))
+    assert sorted(made_before(folder)) == sorted(made)
+    for path in (folder / "figures").iterdir():
+        path.unlink()
+    assert made_before(folder) == [], "it was stopped before the figures"
