@@ -158,3 +158,27 @@ def test_times_are_for_people(seconds: float, text: str) -> None:
 
 def test_a_reason_of_several_lines_becomes_one() -> None:
     assert one_line("ValidationError: 1 error\nlr\n  is wrong\n") == "ValidationError: 1 error lr is wrong"
+
+
+def test_cells_side_by_side_take_half_the_time_and_are_counted(hands: Clock) -> None:
+    """Two lanes of 1e4 FLOPs a second each, four cells of 1e6: half of two cells are done after 50 s."""
+    console, file = log()
+    with Display(cells(1e6, 1e6, 1e6, 1e6), 1e3, console, jobs=2) as shown:
+        lanes = [shown.begin(index) for index in (0, 1)]
+        for lane in lanes:
+            lane.stage("adapt", 100, 1e4)
+        for _ in range(50):
+            hands.now += 1.0
+            for lane in lanes:
+                lane.advance()
+        left = seconds_left(f"({shown.left()})")
+        assert left == pytest.approx(3e6 / 1e4 / 2 + 4 * SECONDS_PER_CELL / 2, abs=30)
+        assert "2 running" in shown.live.tasks[0].fields["info"]
+        shown.finish(0, "failed", "it was not to be")
+        assert "1 running, 1 failed" in shown.live.tasks[0].fields["info"]
+        again = shown.begin(1)  # its process died
+        assert len(shown.lanes) == 1 and shown.lanes[1] is again
+        hands.now += 40.0
+        shown.finish(1, "done")
+        assert left > 100 and shown.finished == 2
+    assert "adapt" in file.getvalue() and "(2 of 4, " in file.getvalue()
