@@ -237,9 +237,11 @@ def test_the_digest_is_remembered_until_the_file_changes(tmp_path: Path, cache: 
     path.write_bytes(b"one")
     os.utime(path, (1_000_000, 1_000_000))
     expected = hashlib.sha256(b"one").hexdigest()
-    assert digests.file_digest(path) == expected
+    for _ in range(2):  # the cache is held in memory from the second on
+        assert digests.file_digest(path) == expected
     stored = (cache / "digests.json").read_text()
     (cache / "digests.json").write_text(stored.replace(expected, "0" * 64))
+    os.utime(cache / "digests.json", (2_000_000, 2_000_000))  # it may have been written twice within the clock's grain
     assert digests.file_digest(path) == "0" * 64, "the second call must come from the cache"
     path.write_bytes(b"two")
     os.utime(path, (1_000_001, 1_000_001))
