@@ -12,7 +12,7 @@ def run() -> None:
     """Run the command; of several processes the first does, and the others train along with it."""
     with joined() as team:
         if team is not None and team.rank:
-            from bench.runner import follow
+            from bench.execution import follow
 
             with contextlib.suppress(KeyboardInterrupt):  # the first process says what there is to say
                 follow(team)

@@ -174,7 +174,7 @@ def _executor(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _surroundings(data_root: Path | None, cache_dir: Path | None, device: str) -> Any:
-    from bench.runner import Surroundings
+    from bench.cell import Surroundings
 
     return Surroundings(data_root, cache_dir, device)
 

@@ -1,9 +1,9 @@
 """The processes that train the cells of one command together: the first leads, the others follow.
 
 The leader runs the command as it would alone. It alone reads and writes results, holds locks, prints, evaluates and
-measures; before it trains it says which cell, and the others come along (`bench.runner.follow`). What it decides on the
-way, it says through the store by which the processes found each other and not by a collective: that takes no GPU, may
-take hours, and is there also where one of them has failed. Imports no torch.
+measures; before it trains it says which cell, and the others come along (`bench.execution.follow`). What it decides on
+the way, it says through the store by which the processes found each other and not by a collective: that takes no GPU,
+may take hours, and is there also where one of them has failed. Imports no torch.
 """
 
 from __future__ import annotations

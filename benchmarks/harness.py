@@ -23,12 +23,12 @@ import torch
 import yaml
 from rich.console import Console
 
+from bench.cell import Surroundings
 from bench.config import RunConfig
 from bench.launch.display import Display
 from bench.launch.plan import plan
 from bench.launch.sweep import expand
 from bench.results import ResultStore
-from bench.runner import Surroundings
 from bench.testing.checkpoints import QUICK, context, task_file, tiny_checkpoint
 from bench.training.loop import Schedule
 from bench.training.losses import task_loss

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from scipy.stats import quantile_test, spearmanr
 
+from bench.cell import Cell, Surroundings
 from bench.config import RunConfig
 from bench.costing import full_batch, parts_of
 from bench.errors import Unreachable
 from bench.measure.flops import count_dispatched
 from bench.measure.latency import interleaved
 from bench.registry import methods
-from bench.runner import Cell, Surroundings
 from bench.tasks.data import load_task
 from bench.testing.checkpoints import context
 from bench.training.teacher import get_teacher

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from bench.artifacts import ArtifactCache
+from bench.cell import Surroundings
 from bench.config import RunConfig
 from bench.errors import BenchError
 from bench.locks import hold
 from bench.progress import Silent
 from bench.results import ResultStore, RunResult, write_atomic
-from bench.runner import Surroundings, run
+from bench.runner import run
 from bench.training.distill import attach_for_good
 from bench.training.loop import Checkpoint, Schedule, train
 from tests.checkpoints import encode_hidden, random_plugin, tiny_model, tokens

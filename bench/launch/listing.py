@@ -9,12 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bench.cell import Surroundings
 from bench.config import RECIPES, RunConfig
 from bench.errors import BenchError
 from bench.launch.display import Display, console, one_line, say
 from bench.launch.plan import observed_rate, plan
 from bench.results import ResultStore, RunResult
-from bench.runner import Mode, Surroundings
+from bench.runner import Mode
 from bench.tracking import Tracking
 from bench.tracking.prepare import prepare
 

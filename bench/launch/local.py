@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from bench.cell import Surroundings
 from bench.config import RunConfig
 from bench.errors import BenchError
 from bench.launch.front import Point
 from bench.progress import Progress
 from bench.results import ResultStore, RunResult
-from bench.runner import Mode, Surroundings
+from bench.runner import Mode
 from bench.tracking import Tracking, run_tracked
 
 

@@ -12,13 +12,14 @@ from typing import Any
 
 from bench.artifacts import ArtifactCache
 from bench.backbones.spec import BackboneSpec
+from bench.cell import Cell, Surroundings
 from bench.config import RunConfig
 from bench.errors import BenchError, DamagedResult, Unreachable
 from bench.locks import is_held
 from bench.measure.closed_form import backbone_parameters, encoder, weight_bytes
 from bench.methods.base import Method
 from bench.results import ResultStore
-from bench.runner import Cell, Mode, Surroundings, is_settled
+from bench.runner import Mode, is_settled
 from bench.tasks.sources import locate
 from bench.tasks.spec import TaskSpec
 

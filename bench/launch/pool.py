@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from typing import IO, Any
 
 from bench.artifacts import ArtifactCache
+from bench.cell import Surroundings
 from bench.errors import MachineError
 from bench.launch.local import Outcome, Watcher, run_all
 from bench.launch.plan import PlannedCell
 from bench.progress import Progress
 from bench.results import ResultStore
-from bench.runner import Mode, Surroundings
+from bench.runner import Mode
 from bench.tracking import Tracking
 
 COMMAND = [sys.executable, "-m", "bench.launch.worker"]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from bench.cell import Cell, Surroundings
 from bench.config import RunConfig
 from bench.errors import BenchError, ConfigError, MachineError
 from bench.launch.display import console, one_line, say
@@ -26,7 +27,7 @@ from bench.launch.slurm_queue import Job, SlurmQueue, ask
 from bench.launch.slurm_task import CellTask
 from bench.locks import hold
 from bench.results import ResultStore
-from bench.runner import Cell, Mode, Surroundings, is_settled, run
+from bench.runner import Mode, is_settled, run
 from bench.tasks.digests import cache_folder
 from bench.tracking import Tracking
 

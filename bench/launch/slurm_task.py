@@ -8,10 +8,11 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bench.cell import Surroundings
 from bench.config import RunConfig
 from bench.errors import BenchError
 from bench.results import ResultStore
-from bench.runner import Mode, Surroundings
+from bench.runner import Mode
 from bench.tracking import Tracking
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ import threading
 from pathlib import Path
 from typing import Any, TextIO
 
+from bench.cell import Surroundings
 from bench.config import RunConfig
 from bench.errors import BenchError
 from bench.results import ResultStore
-from bench.runner import Surroundings
 from bench.tracking import Tracking, run_tracked
 
 

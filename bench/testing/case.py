@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from bench.backbones.model import TaskModel
+from bench.cell import Cell, Surroundings
 from bench.config import RunConfig, hash_of
 from bench.context import RunContext, Teacher
 from bench.locks import hold
-from bench.runner import Cell, Surroundings
 from bench.tasks.data import TaskData, load_task
 from bench.tasks.features import Feature, collate
 from bench.tasks.spec import Kind

@@ -12,10 +12,10 @@ from transformers import BertForSequenceClassification, T5ForConditionalGenerati
 
 from bench.artifacts import ArtifactCache
 from bench.backbones.load import load_tokenizer
+from bench.cell import Cell, Surroundings
 from bench.config import RunConfig
 from bench.context import RunContext
 from bench.progress import Silent
-from bench.runner import Cell, Surroundings
 from bench.tasks.data import load_task
 from bench.tasks.encoding import encode
 from bench.testing.tiny import WORDS, bert_tokenizer, t5_tokenizer, tiny_bert_config, tiny_t5_config

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.cell import Cell
 from bench.config import RunConfig
 from bench.results import Evaluation, RunResult
-from bench.runner import Cell
 
 LONGEST_TAG = 64
 """Characters that W&B takes in a tag."""

@@ -6,10 +6,11 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from bench.cell import Cell, Surroundings
 from bench.config import RunConfig
 from bench.progress import Progress, Silent
 from bench.results import ResultStore, RunResult
-from bench.runner import Cell, Mode, Surroundings, run
+from bench.runner import Mode, run
 from bench.tracking.account import wanted
 from bench.tracking.link import Link
 from bench.tracking.record import notes_of, settings_of, tags_of

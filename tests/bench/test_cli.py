@@ -121,11 +121,11 @@ def test_a_plan_fits_a_terminal(columns: int, here: Path) -> None:
     """In 80 columns no word is cut in two."""
     from rich.console import Console
 
+    from bench.cell import Surroundings
     from bench.launch.plan import plan
     from bench.launch.plan_view import _cells
     from bench.launch.sweep import find_sweep, read_sweep
     from bench.results import ResultStore
-    from bench.runner import Surroundings
 
     cells = plan(read_sweep(find_sweep("quickstart")).configs, ResultStore(here, "x"), Surroundings())
     console = Console(width=columns, force_terminal=True, color_system=None)

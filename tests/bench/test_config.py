@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.cell import Cell, Surroundings
 from bench.config import RECIPES, RunConfig, hash_of, known_keys, run_id
 from bench.errors import ConfigError
 from bench.methods.variator import Variator
 from bench.registry import methods
-from bench.runner import Cell, Surroundings
 from tests.checkpoints import task_file, tiny_checkpoint
 
 # a value other than the default for every key, in the order of the fields

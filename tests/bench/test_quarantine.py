@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import pytest
 
+from bench.cell import Cell, Surroundings
 from bench.errors import BenchError
 from bench.launch.plan import plan
 from bench.progress import Silent
 from bench.results import ResultStore
-from bench.runner import Cell, Surroundings, run
+from bench.runner import run
 from tests.checkpoints import quick_config, task_file, tiny_checkpoint
 
 

@@ -15,6 +15,7 @@ import torch
 
 import bench.costing
 from bench.backbones.catalogue import spec_of
+from bench.cell import Surroundings
 from bench.config import RunConfig
 from bench.errors import BenchError, DataError
 from bench.measure.closed_form import remaining
@@ -24,7 +25,7 @@ from bench.plugins.plugin import WEIGHTS_FILE
 from bench.progress import Silent
 from bench.registry import methods
 from bench.results import ResultStore, RunResult
-from bench.runner import Mode, Surroundings, is_settled, run
+from bench.runner import Mode, is_settled, run
 from bench.tasks.data import load_task
 from bench.tasks.own import read_own
 from tests.checkpoints import FAMILIES, Family, context, quick_config, task_file, tiny_checkpoint

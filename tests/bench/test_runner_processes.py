@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from bench.cell import Cell, Surroundings
 from bench.results import ResultStore, RunResult
-from bench.runner import Cell, Surroundings
 from tests.checkpoints import quick_config, task_file, tiny_checkpoint
 from tests.workers import finish, run_cell, start, wait_for
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from bench.artifacts import ArtifactCache
+from bench.cell import Cell, Surroundings
 from bench.config import RunConfig
 from bench.launch.plan import DEFAULT_RATE, SECONDS_PER_CELL, PlannedCell, estimate_seconds, observed_rate, plan
 from bench.launch.sweep import expand
 from bench.locks import hold
 from bench.provenance import collect
 from bench.results import ResultStore, RunResult, Status, TrainingStage
-from bench.runner import Cell, Mode, Surroundings
+from bench.runner import Mode
 from tests.checkpoints import QUICK, task_file, tiny_checkpoint
 
 ROWS = 60

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from bench.cell import Surroundings
 from bench.config import RunConfig
 from bench.errors import MachineError
 from bench.launch import pool
@@ -19,7 +20,6 @@ from bench.launch.plan import PlannedCell
 from bench.launch.pool import DEATHS, run_pool, shares
 from bench.progress import Silent
 from bench.results import Provenance, ResultStore, RunResult
-from bench.runner import Surroundings
 from tests.bench_command import Command, bench, launch, results, tiny_sweep
 from tests.workers import PATIENCE, wait_for
 

@@ -19,6 +19,7 @@ from bench.backbones.encoder import EncoderLayer
 from bench.backbones.sites import digest
 from bench.backbones.surgery import Structure, ffn_out
 from bench.backbones.write_out import write_out, written_encoder
+from bench.cell import Surroundings
 from bench.config import RunConfig
 from bench.context import RunContext, Teacher
 from bench.costing import check_budget, measure_cost
@@ -29,7 +30,7 @@ from bench.methods.budget import UnitCosts
 from bench.methods.hard_concrete import Gates
 from bench.methods.pruning_l0 import PruningL0, fitting
 from bench.results import ResultStore
-from bench.runner import Surroundings, run
+from bench.runner import run
 from bench.tasks.catalogue import TASKS
 from bench.tasks.data import load_task
 from bench.training import stage

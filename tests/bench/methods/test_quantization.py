@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.backbones.model import TaskModel
 from bench.backbones.sites import digest
+from bench.cell import Surroundings
 from bench.context import RunContext
 from bench.costing import check_budget, measure_cost, parts_of
 from bench.errors import MachineError
@@ -21,7 +22,7 @@ from bench.measure.memory import peak_bytes
 from bench.methods.int8_linear import Int8Linear, to_int8
 from bench.methods.quantization import Quantization
 from bench.results import ResultStore
-from bench.runner import Surroundings, run
+from bench.runner import run
 from bench.tasks.data import load_task
 from bench.training.student import WEIGHTS_FILE
 from bench.training.teacher import get_teacher

@@ -13,6 +13,7 @@ import torch
 from bench import costing
 from bench.backbones.catalogue import spec_of
 from bench.backbones.sites import digest
+from bench.cell import Surroundings
 from bench.config import RunConfig, run_id
 from bench.context import RunContext, Teacher
 from bench.errors import ConfigError
@@ -22,7 +23,7 @@ from bench.methods.variator import Variator
 from bench.plugins.bank import CompressedFFN
 from bench.plugins.plugin import WEIGHTS_FILE, Plugin
 from bench.results import ResultStore
-from bench.runner import Surroundings, run
+from bench.runner import run
 from bench.tasks.data import load_task
 from bench.training.stage import FeatureBatches, model_inputs
 from bench.training.teacher import get_teacher
