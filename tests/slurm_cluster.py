@@ -17,11 +17,13 @@ PATIENCE = 60.0
 """Seconds after which a test gives up on Slurm."""
 
 
-def wait_until(condition: Callable[[], object], what: str, patience: float = PATIENCE) -> None:
-    """Wait until ``condition`` holds."""
+def wait_until(
+    condition: Callable[[], object], what: str, patience: float = PATIENCE, state: Callable[[], str] = str
+) -> None:
+    """Wait until ``condition`` holds; say ``state`` where it does not."""
     end = time.monotonic() + patience
     while not condition():
-        assert time.monotonic() < end, f"{what}: not within {patience:.0f} s"
+        assert time.monotonic() < end, f"{what}: not within {patience:.0f} s\n{state()}"
         time.sleep(0.1)
 
 
@@ -82,9 +84,13 @@ class Cluster:
         lines = self.ask("squeue", "-h", "-r", "-o", "%i %T").splitlines()
         return dict(line.split() for line in lines)
 
+    def state(self) -> str:
+        """Return what Slurm says of its jobs, and how its logs end."""
+        return f"{self.ask('scontrol', 'show', 'job')}\n{self._logs()}"
+
     def wait_for_end(self, patience: float = 5 * PATIENCE) -> None:
         """Wait until the queue is empty."""
-        wait_until(lambda: not self.queue(), "all jobs end", patience)
+        wait_until(lambda: not self.queue(), "all jobs end", patience, self.state)
 
     def begin_at_once(self) -> None:
         """Let what was queued again begin without the two minutes that Slurm waits."""
@@ -95,8 +101,10 @@ class Cluster:
         done = subprocess.run(
             words, env=os.environ | self.environment, capture_output=True, text=True, timeout=PATIENCE
         )
-        logs = "\n".join(path.read_text(errors="replace")[-2000:] for path in self.folder.glob("*.log"))
-        assert done.returncode == 0, f"{words[0]} does not start: {done.stderr}\n{logs}"
+        assert done.returncode == 0, f"{words[0]} does not start: {done.stderr}\n{self._logs()}"
+
+    def _logs(self) -> str:
+        return "\n".join(path.read_text(errors="replace")[-3000:] for path in self.folder.glob("*.log"))
 
     def _config(self) -> str:
         host, user = socket.gethostname().partition(".")[0], pwd.getpwuid(os.getuid()).pw_name

@@ -38,6 +38,15 @@ class Account:
         assert [a["name"] for a in found if a["state"] != "COMMITTED"] == []
         return {a["name"]: a for a in found}
 
+    def users(self, name: str, project: str = "variator-bench") -> set[str]:
+        """Return the runs that use any version of an artifact."""
+        return {
+            run
+            for a in load_artifacts(self.state)
+            if (a["project"], a["name"]) == (project, name)
+            for run in a["usedBy"]
+        }
+
     def content(self, artifact: dict[str, Any], name: str) -> bytes:
         """Return a file of an artifact."""
         return (self.state / "artifacts" / artifact["id"] / "files" / name).read_bytes()

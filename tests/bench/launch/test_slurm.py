@@ -194,7 +194,7 @@ def test_a_cell_that_is_preempted_and_then_cancelled_goes_on_where_it_was(cluste
     pause.write_text("25")
     cluster.ask("scancel", blocker)
     cluster.begin_at_once()
-    wait_until(lambda: reached(25), "it goes on", 200)
+    wait_until(lambda: reached(25), "it goes on", 200, cluster.state)
 
     cluster.ask("scancel", job)
     cluster.wait_for_end()
