@@ -20,6 +20,7 @@ _PARTS = "backbones tasks measure"
 ARROWS = {
     "version": "",  # bench/__init__.py
     "errors": "",
+    "entry_points": "",
     "progress": "",
     "locks": "errors",
     "results": "errors locks",
@@ -27,7 +28,7 @@ ARROWS = {
     "backbones.spec": "errors",
     "tasks.spec": "errors",
     "methods.base": "errors backbones.spec tasks.spec",
-    "registry": "errors methods.base",
+    "registry": "errors entry_points methods.base",
     "config": "errors results methods.base registry",
     "artifacts": "errors locks config",
     "tasks": "errors results tasks.spec",
