@@ -71,7 +71,7 @@ def changed_since(commit: str) -> list[str] | None:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.split()
+    return [f"bench/{name}" for name in done.stdout.split()]
 
 
 def _processor() -> str:

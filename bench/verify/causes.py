@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,10 @@ from bench.results import Provenance, RunResult
 Kind = Literal["record", "data", "model", "code", "version", "hardware", "threads"]
 ELSEWHERE: frozenset[Kind] = frozenset({"version", "hardware", "threads"})
 """Causes that round numbers otherwise: with one of them a result is held to a tolerance, else to the bit."""
+
+
+_HASH = re.compile(r"(?<=sha256:[0-9a-f]{12})[0-9a-f]{52}")
+"""What of a digest nobody reads."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,10 @@ def of_identity(recorded: RunResult, here: Mapping[str, Any]) -> list[Cause]:
 
 
 def _of_field(name: str, before: Any, here: Any, config: Mapping[str, Any], absent: object) -> Cause:
-    texts = ["nothing" if value is absent else str(value) for value in (before, here)]
+    texts = ["nothing" if value is absent else _HASH.sub("…", str(value)) for value in (before, here)]
     text = f"{name} was {texts[0]}, and is {texts[1]} here"
+    if name == "data" and str(before).rpartition("@")[0] == str(here).rpartition("@")[0]:
+        return Cause("code", "the task is defined otherwise here: its columns, prompt, labels, metrics or length")
     kinds: dict[str, Kind] = {"data": "data", "model": "model", "method": "code", "schema": "code"}
     if name in kinds:
         return Cause(kinds[name], text)
