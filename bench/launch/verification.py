@@ -120,7 +120,7 @@ def verify_and_print(
                         judgement = make_again(result, store, config, where, scratch, lane)
                         display.finish(index, judgement.outcome)
                     judgements.append(judgement)
-                    _print_judgement(judgement, result, out)
+                    _print_judgement(judgement, result, fresh, out)
         except KeyboardInterrupt:
             say(out, f"stopped: {len(judgements)} of {len(chosen)} runs are judged")
             return 130
@@ -154,15 +154,14 @@ def _configs(
     return configs, judged
 
 
-def _print_judgement(judgement: Judgement, result: RunResult, out: Console) -> None:
+def _print_judgement(judgement: Judgement, result: RunResult, fresh: bool, out: Console) -> None:
     reason = f": {one_line(judgement.reason)}" if judgement.reason else ""
-    stages = [
-        f"{what} {', '.join(names)}" for what, names in (("made", judgement.made), ("found", judgement.found)) if names
-    ]
-    say(
-        out,
-        f"{judgement.outcome}: {_label(result)} ({result.run_id}){reason}{'; ' if stages else ''}{'; '.join(stages)}",
-    )
+    stages = [f"made {', '.join(judgement.made)}"] if judgement.made else []
+    if judgement.found:
+        # in a fresh cache it can only be what a run before this one has made
+        stages.append(f"{', '.join(judgement.found)} {'as above' if fresh else 'from the cache'}")
+    what = "; ".join([f"{_label(result)} ({result.run_id}){reason}", *stages])
+    say(out, f"{judgement.outcome}: {what}")
     shown = sorted(judgement.differences, key=lambda difference: difference.within)
     for difference in shown[:SHOWN]:
         say(out, f"  {'' if difference.within else '! '}{one_line(difference.text)}")

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bench.results import RunResult, TrainingStage
+from bench.results import Evaluation, RunResult, TrainingStage
 
 if TYPE_CHECKING:
     import pandas as pd
 
 METRIC_TOLERANCE = 0.01
-"""Largest difference of a metric, as a fraction: one point, and on few examples two of them."""
+"""Largest difference of a metric, or of an end of its interval: a point, and on few examples two of them."""
 PREDICTION_TOLERANCE = 0.05
 """Largest share of dev examples that are answered otherwise."""
 COST_TOLERANCE = 0.02
@@ -74,15 +74,21 @@ def _evaluations(recorded: RunResult, made: RunResult) -> Iterator[Difference]:
         then, again = ({e.split: e for e in evaluations} for evaluations in (old, new))
         if then.keys() != again.keys():
             yield Difference(f"{whose}evaluations: on {', '.join(then)}; made again on {', '.join(again)}", False)
-        for split in then.keys() & again.keys():
-            tolerance = max(METRIC_TOLERANCE, 2 / max(1, then[split].n_examples))
-            yield from _values(
-                f"{whose}{split}",
-                then[split].model_dump(exclude={"split"}),
-                again[split].model_dump(exclude={"split"}),
-                tolerance,
-                absolute=True,
-            )
+        for split in [split for split in then if split in again]:
+            yield from _evaluation(f"{whose}{split}", then[split], again[split])
+
+
+def _evaluation(what: str, before: Evaluation, now: Evaluation) -> Iterator[Difference]:
+    if before.n_examples != now.n_examples or before.metrics.keys() != now.metrics.keys():
+        yield Difference(f"{what}: it is of other examples or has other metrics", within=False)
+        return
+    tolerance = max(METRIC_TOLERANCE, 2 / max(1, before.n_examples))
+    for name, old in before.metrics.items():
+        new = now.metrics[name]
+        if old != new:
+            distance = max(abs(getattr(old, end) - getattr(new, end)) for end in ("value", "low", "high"))
+            text = " recorded, ".join(f"{i.value:.6g} [{i.low:.6g}, {i.high:.6g}]" for i in (old, new))
+            yield Difference(f"{what} {name}: {text} made again", distance <= tolerance)
 
 
 def _predictions(recorded: RunResult, before: pd.DataFrame | None, now: pd.DataFrame | None) -> Iterator[Difference]:
@@ -143,9 +149,7 @@ def _training(recorded: list[TrainingStage], made: list[TrainingStage]) -> Itera
             yield Difference(text, within=True)
 
 
-def _values(
-    what: str, before: Any, now: Any, tolerance: float, absolute: bool = False, exact: tuple[str, ...] = ()
-) -> Iterator[Difference]:
+def _values(what: str, before: Any, now: Any, tolerance: float, exact: tuple[str, ...] = ()) -> Iterator[Difference]:
     """Compare nested values; numbers may differ by ``tolerance``, but where their name holds one of ``exact``.
 
     Parameters
@@ -155,23 +159,20 @@ def _values(
     before, now
         As recorded, and as made again.
     tolerance
-        Relative, or absolute where told; infinite where anything may differ.
-    absolute
-        Whether it is absolute.
+        Relative; infinite where anything may differ.
     exact
         Parts of names of what is the same anywhere.
     """
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in dict.fromkeys([*before, *now]):
             name = f"{what}.{key}" if what else str(key)
-            yield from _values(name, before.get(key), now.get(key), tolerance, absolute, exact)
+            yield from _values(name, before.get(key), now.get(key), tolerance, exact)
         return
     if before == now or (_is_nan(before) and _is_nan(now)):
         return
     within = math.isinf(tolerance)
     if not within and _is_number(before) and _is_number(now) and not any(part in what for part in exact):
-        scale = 1.0 if absolute else max(abs(before), abs(now))
-        within = abs(before - now) <= tolerance * scale
+        within = abs(before - now) <= tolerance * max(abs(before), abs(now))
     yield Difference(f"{what}: {_shown(before)} recorded, {_shown(now)} made again", within)
 
 
