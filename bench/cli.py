@@ -374,7 +374,7 @@ def verify(
     results: Path,
     **where: Any,
 ) -> None:
-    """Make runs of STUDY again from what they recorded, and judge whether they come out.
+    """Make recorded runs again, and judge them.
 
     STUDY is a name or the path of its folder, which is only read. All its runs are made again, unless some are chosen:
 

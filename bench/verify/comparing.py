@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bench.results import Evaluation, RunResult, TrainingStage
+from bench.verify.records import plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,7 +100,7 @@ def _predictions(recorded: RunResult, before: pd.DataFrame | None, now: pd.DataF
     if len(before) != len(now) or not before["id"].equals(now["id"]):
         yield Difference("predictions: they are of other examples", within=False)
         return
-    if before["label"].tolist() != now["label"].tolist() and not _same_lists(before, now):
+    if plain(before["label"]) != plain(now["label"]):
         yield Difference("predictions: the examples have other labels", within=False)
     old, new = before["prediction"], now["prediction"]
     slack = 0.0
@@ -113,10 +114,6 @@ def _predictions(recorded: RunResult, before: pd.DataFrame | None, now: pd.DataF
     if not before["score"].equals(now["score"]) or (slack and not old.equals(new)):
         largest = (before["score"] - now["score"]).abs().max()
         yield Difference(f"scores of the predictions: up to {largest:.2g} apart", within=True)
-
-
-def _same_lists(before: pd.DataFrame, now: pd.DataFrame) -> bool:
-    return [str(x) for x in before["label"]] == [str(x) for x in now["label"]]
 
 
 def _costs(recorded: RunResult, made: RunResult) -> Iterator[Difference]:

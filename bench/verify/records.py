@@ -56,7 +56,7 @@ def contradictions(result: RunResult, predictions: pd.DataFrame | None) -> Itera
         return
     from bench.tasks.metrics import bootstrap
 
-    answers, labels = predictions["prediction"].tolist(), _plain(predictions["label"].tolist())
+    answers, labels = predictions["prediction"].tolist(), plain(predictions["label"])
     for name, stated in dev.metrics.items():
         found = bootstrap(name, answers, labels, stated.resamples, level=stated.level)
         for what in ("value", "low", "high"):
@@ -69,6 +69,6 @@ def contradictions(result: RunResult, predictions: pd.DataFrame | None) -> Itera
         yield f"achieved_remaining is {achieved:.6g}, and {follows:.6g} by its own FLOPs"
 
 
-def _plain(labels: list[Any]) -> list[Any]:
-    """Return a question's accepted answers as a list: parquet gives an array."""
-    return [label if isinstance(label, str | int | float) else list(label) for label in labels]
+def plain(labels: pd.Series[Any]) -> list[Any]:
+    """Return labels as they were before parquet, which makes an array of a question's accepted answers."""
+    return [label if isinstance(label, str | int | float) else list(label) for label in labels.tolist()]
