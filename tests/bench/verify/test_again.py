@@ -232,6 +232,15 @@ def test_elsewhere_a_tolerance_is_given_and_its_cause_named(at: Path, change: Ed
     assert "Within tolerance: metrics to 0.01" in command.out
 
 
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="this machine has one core")
+def test_as_many_threads_are_used_as_were_recorded(at: Path) -> None:
+    """Which this process would not: it has one."""
+    edit(at, provenance("threads", 2))
+    move_a_score(at)
+    _, command = verify(at)
+    assert "different: " in command.out and "cause seen: threads" not in command.out
+
+
 def test_what_differs_and_changes_nothing_is_said(at: Path) -> None:
     edit(at, other_torch)
     code, command = verify(at)

@@ -168,3 +168,7 @@ def test_every_cause_of_the_surroundings_is_named(run: Any) -> None:
     assert ("version", "torch 2.13.0, here 3.0") in causes and ("version", "numpy None, here 9") in causes
     assert {kind for kind, _ in causes} == {"code", "version"}
     assert of_surroundings(before, before) == []
+    dirty = before.model_copy(update={"dirty": True})
+    for then, here in ((dirty, before), (before, dirty)):
+        [cause] = of_surroundings(then, here)
+        assert cause.kind == "code" and "committed" in cause.text
