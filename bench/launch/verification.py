@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -94,7 +95,9 @@ def verify_and_print(
     ConfigError
         If there is no such run.
     """
-    out, judgements = console(), list[Judgement]()
+    # while the bars of standard error run, what is printed goes above them, and not to a file that was meant
+    out = console() if sys.stdout.isatty() else Console(file=sys.stdout, width=140)
+    judgements = list[Judgement]()
     results, damaged = _read(store)
     chosen = choose(results, sample, run_ids)
     unreadable = damaged if sample is None and not run_ids else []
@@ -104,12 +107,12 @@ def verify_and_print(
         scratch = ResultStore(Path(folder) / "results", store.study)
         fresh = where.cache_dir is None
         where = replace(where, cache_dir=Path(folder) / "cache") if fresh else where
-        configs, judged = _configs(chosen, elsewhere, Path(folder) / "backbones")
+        configs, judged = _configs(chosen, elsewhere, where, Path(folder) / "backbones")
         cells = plan(list(configs.values()), scratch, where, "force")
         seconds = estimate_seconds(cells, observed_rate(store))
         kept = "a fresh cache, so that everything is made again" if fresh else f"the cache {where.cache_dir}"
         count = f"{len(chosen)} of {len(results)} runs of {store.study}"
-        say(out, f"{count}, with {kept}; about {clock(seconds)}")
+        say(out, f"{count}, with {kept}; {f'about {clock(seconds)}' if cells else 'none can be made again'}")
         try:
             with Display(cells, observed_rate(store), console(stderr=True)) as display:
                 for result in chosen:
@@ -142,13 +145,13 @@ def _read(store: ResultStore) -> tuple[list[RunResult], list[str]]:
 
 
 def _configs(
-    chosen: Sequence[RunResult], elsewhere: Elsewhere, links: Path
+    chosen: Sequence[RunResult], elsewhere: Elsewhere, where: Surroundings, links: Path
 ) -> tuple[dict[str, RunConfig], dict[str, Judgement]]:
     """Return run id -> configuration, and a judgement of each run that has none here."""
     configs, judged = dict[str, RunConfig](), dict[str, Judgement]()
     for result in chosen:
         try:
-            configs[result.run_id] = recorded_config(result, elsewhere, links)
+            configs[result.run_id] = recorded_config(result, elsewhere, where, links)
         except BenchError as error:
             judged[result.run_id] = Judgement(result.run_id, "cannot be made again", str(error))
     return configs, judged

@@ -123,7 +123,7 @@ def _named(known: Mapping[str, RunResult], text: str) -> RunResult:
     raise ConfigError(f"no run '{text}' in this study.{suggest(text, known)}")
 
 
-def recorded_config(recorded: RunResult, elsewhere: Elsewhere, links: Path) -> RunConfig:
+def recorded_config(recorded: RunResult, elsewhere: Elsewhere, where: Surroundings, links: Path) -> RunConfig:
     """Return the configuration of a recorded run, with paths of this machine for what is one's own.
 
     Parameters
@@ -132,21 +132,26 @@ def recorded_config(recorded: RunResult, elsewhere: Elsewhere, links: Path) -> R
         The stored result.
     elsewhere
         Where one's own things are.
+    where
+        Data and device.
     links
         Folder for links to checkpoints whose folder is called otherwise here: its name is part of a run's identity.
 
     Raises
     ------
     BenchError
-        If this version cannot read it, or something is not on this machine; the message says how to name it.
+        If the run never finished, this version cannot read it, or something is not on this machine; the message then
+        says how to name it.
     """
+    if recorded.status in ("running", "interrupted"):
+        raise BenchError(f"it is {recorded.status} and has no number yet")
     fields = {name: value for name, value in recorded.config.items() if name != "family"}
     try:
         config = RunConfig.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"this version cannot read its configuration: {where}: {first['msg'].lower()}") from None
+        key = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"this version cannot read its configuration: {key}: {first['msg'].lower()}") from None
     config.build_method()  # raises for an option that is no more
     if own := elsewhere.tasks.get(config.task):
         config = config.model_copy(update={"task": str(own)})
@@ -158,6 +163,7 @@ def recorded_config(recorded: RunResult, elsewhere: Elsewhere, links: Path) -> R
                 link.symlink_to(folder.absolute(), target_is_directory=True)
             folder = link
         config = config.model_copy(update={"backbone": str(folder)})
+    _must_be_here(config, recorded, where)
     return config
 
 
@@ -218,10 +224,6 @@ def _make_again(
     scratch: ResultStore,
     progress: Progress,
 ) -> Judgement:
-    if recorded.status in ("running", "interrupted"):
-        reason = f"it is {recorded.status} and has no number yet"
-        return Judgement(recorded.run_id, "cannot be made again", reason)
-    _must_be_here(config, recorded, where)
     before = read_predictions(store, recorded)
     record = [Cause("record", text) for text in contradictions(recorded, before)]
     cell = Cell.resolve(config, where)

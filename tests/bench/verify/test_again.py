@@ -104,6 +104,18 @@ def test_a_cache_is_used_only_where_it_is_named(original: Path) -> None:
     )
 
 
+def test_what_is_said_goes_to_a_file_that_is_named_for_it(at: Path) -> None:
+    """With standard error on a terminal, where bars run."""
+    terminal, slave = os.openpty()
+    words = ["verify", "tiny", "--run", run_ids(at)["dense"], "--cache-dir", "cache", "--task", "mood/mood.yaml"]
+    command = [sys.executable, "-m", "tests.bench_command", *words, "--backbone", "bert"]
+    surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color"}
+    done = subprocess.run(command, cwd=at, env=surroundings, stdout=subprocess.PIPE, stderr=slave, text=True)
+    os.close(slave)
+    os.close(terminal)
+    assert done.returncode == 0 and "\nidentical: mood" in done.stdout and "\n1 identical" in done.stdout
+
+
 def test_a_study_is_named_or_is_a_path(at: Path) -> None:
     assert bench(["verify", "tiny", "--run", "ffff"], at, machine=False)[1].err.startswith("error: no run 'ffff'")
     code, command = bench(["verify", "results/tini"], at, machine=False)
