@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -95,9 +94,7 @@ def verify_and_print(
     ConfigError
         If there is no such run.
     """
-    # while the bars of standard error run, what is printed goes above them, and not to a file that was meant
-    out = console() if sys.stdout.isatty() else Console(file=sys.stdout, width=140)
-    judgements = list[Judgement]()
+    out, judgements = console(), list[Judgement]()
     results, damaged = _read(store)
     chosen = choose(results, sample, run_ids)
     unreadable = damaged if sample is None and not run_ids else []
@@ -123,7 +120,8 @@ def verify_and_print(
                         judgement = make_again(result, store, config, where, scratch, lane)
                         display.finish(index, judgement.outcome)
                     judgements.append(judgement)
-                    _print_judgement(judgement, result, fresh, out)
+                    with display.paused():
+                        _print_judgement(judgement, result, fresh, out)
         except KeyboardInterrupt:
             say(out, f"stopped: {len(judgements)} of {len(chosen)} runs are judged")
             return 130

@@ -17,7 +17,7 @@ import pytest
 
 from bench.results import ResultStore
 from bench.verify.again import choose
-from tests.bench_command import Command, bench, tiny_sweep
+from tests.bench_command import Command, bench, launch, tiny_sweep
 
 ROOT = Path(__file__).parents[3]
 Edit = Callable[[dict[str, Any]], None]
@@ -114,6 +114,14 @@ def test_what_is_said_goes_to_a_file_that_is_named_for_it(at: Path) -> None:
     os.close(slave)
     os.close(terminal)
     assert done.returncode == 0 and "\nidentical: mood" in done.stdout and "\n1 identical" in done.stdout
+
+
+def test_bars_give_way_to_what_is_said(at: Path) -> None:
+    words = ["verify", "tiny", "--sample", "2", "--cache-dir", "cache", "--task", "mood/mood.yaml"]
+    command = launch([*words, "--backbone", "bert"], at, terminal=True, machine=False)
+    assert command.wait() == 0
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).strip("\r") for line in command.out.split("\n")]
+    assert sum(line.startswith("identical: mood") for line in lines) == 2, command.out
 
 
 def test_a_study_is_named_or_is_a_path(at: Path) -> None:
