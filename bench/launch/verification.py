@@ -104,7 +104,7 @@ def verify_and_print(
         scratch = ResultStore(Path(folder) / "results", store.study)
         fresh = where.cache_dir is None
         where = replace(where, cache_dir=Path(folder) / "cache") if fresh else where
-        configs, judged = _configs(chosen, elsewhere, where, Path(folder) / "backbones")
+        configs, judged = _configs(chosen, elsewhere, Path(folder) / "backbones")
         cells = plan(list(configs.values()), scratch, where, "force")
         seconds = estimate_seconds(cells, observed_rate(store))
         kept = "a fresh cache, so that everything is made again" if fresh else f"the cache {where.cache_dir}"
@@ -143,13 +143,13 @@ def _read(store: ResultStore) -> tuple[list[RunResult], list[str]]:
 
 
 def _configs(
-    chosen: Sequence[RunResult], elsewhere: Elsewhere, where: Surroundings, links: Path
+    chosen: Sequence[RunResult], elsewhere: Elsewhere, links: Path
 ) -> tuple[dict[str, RunConfig], dict[str, Judgement]]:
     """Return run id -> configuration, and a judgement of each run that has none here."""
     configs, judged = dict[str, RunConfig](), dict[str, Judgement]()
     for result in chosen:
         try:
-            configs[result.run_id] = recorded_config(result, elsewhere, where, links)
+            configs[result.run_id] = recorded_config(result, elsewhere, links)
         except BenchError as error:
             judged[result.run_id] = Judgement(result.run_id, "cannot be made again", str(error))
     return configs, judged

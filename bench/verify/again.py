@@ -19,7 +19,6 @@ from bench.progress import Progress
 from bench.results import ResultStore, RunResult
 from bench.runner import run
 from bench.tasks.catalogue import resolve_task
-from bench.tasks.sources import locate
 from bench.verify.causes import ELSEWHERE, Cause, of_identity, of_surroundings
 from bench.verify.comparing import Difference, differences
 from bench.verify.records import contradictions, read_predictions
@@ -123,7 +122,7 @@ def _named(known: Mapping[str, RunResult], text: str) -> RunResult:
     raise ConfigError(f"no run '{text}' in this study.{suggest(text, known)}")
 
 
-def recorded_config(recorded: RunResult, elsewhere: Elsewhere, where: Surroundings, links: Path) -> RunConfig:
+def recorded_config(recorded: RunResult, elsewhere: Elsewhere, links: Path) -> RunConfig:
     """Return the configuration of a recorded run, with paths of this machine for what is one's own.
 
     Parameters
@@ -132,8 +131,6 @@ def recorded_config(recorded: RunResult, elsewhere: Elsewhere, where: Surroundin
         The stored result.
     elsewhere
         Where one's own things are.
-    where
-        Data and device.
     links
         Folder for links to checkpoints whose folder is called otherwise here: its name is part of a run's identity.
 
@@ -163,26 +160,21 @@ def recorded_config(recorded: RunResult, elsewhere: Elsewhere, where: Surroundin
                 link.symlink_to(folder.absolute(), target_is_directory=True)
             folder = link
         config = config.model_copy(update={"backbone": str(folder)})
-    _must_be_here(config, recorded, where)
+    _must_be_known(config, recorded)
     return config
 
 
-def _must_be_here(config: RunConfig, recorded: RunResult, where: Surroundings) -> None:
-    """Raise where the run was made of local files and this machine would take something of the same name elsewhere."""
+def _must_be_known(config: RunConfig, recorded: RunResult) -> None:
+    """Raise where a name means nothing here, or another thing on the Hub than the folder that the run was made of."""
     if "@sha256:" in str(recorded.identity.get("model")) and local_folder(config.backbone) is None:
         raise BenchError(
             f"its backbone '{config.backbone}' was a local folder, which is not known here; name it with "
             f"--backbone {config.backbone}=FOLDER"
         )
     try:
-        task = resolve_task(config.task)
+        resolve_task(config.task)
     except ConfigError as error:
         raise BenchError(f"{error} If it is a file of your own, name it with --task FILE") from None
-    if "@sha256:" in str(recorded.identity.get("data")) and locate(task, where.data_root).origin == "hub":
-        raise BenchError(
-            f"the data of task '{task.name}' were local files, which are not known here; name their folder with "
-            "--data-root DIR"
-        )
 
 
 def make_again(
