@@ -13,6 +13,7 @@ from bench.artifacts import ArtifactCache
 from bench.backbones.source import fetch
 from bench.cell import Cell, Surroundings
 from bench.config import RunConfig
+from bench.determinism import deterministic
 from bench.errors import MachineError
 from bench.progress import Progress, Silent
 from bench.results import ResultStore, RunResult, write_atomic
@@ -52,35 +53,37 @@ def execute(cell: Cell, store: ResultStore, where: Surroundings, progress: Progr
     team = current()
     result.provenance.device = f"{team.size} processes on {name}" if team else name
     result.provenance.threads = torch.get_num_threads()
-    with _others(team, cell, store, where, result):
-        ctx, data = _prepared(cell, where, progress, device, result)
-        teacher, model = _compressed(ctx, data)
-    # what is evaluated and measured now, this process does alone
-    ctx.cache = ArtifactCache(where.artifacts)
-    if ctx.place:
-        # and on a whole model: what was trained is in the cache, and a measured exchange would be no model's own time
-        del teacher, model
-        ctx = dataclasses.replace(ctx, place=None, stages=[], notes=[])
-        result.notes = ctx.notes
-        teacher, model = _compressed(ctx, data)
-    model.eval()
-    splits = {"selection": data.selection, "dev": data.dev}
-    for split in ("selection", "dev"):
-        progress.stage(f"evaluate {split}", len(ctx.features[split]))
-        evaluation, frame = evaluate(
-            model,
-            splits[split],
-            ctx.features[split],
-            cell.task,
-            cell.spec.family,
-            ctx.tokenizer,
-            split=split,
-            batch_size=EVALUATION_BATCH_SIZE,
-            device=device,
-            on_batch=progress.advance,
-        )
-        result.evaluations.append(evaluation)
-    result.teacher_evaluations = [teacher_evaluation(teacher, ctx, data)]
+    with deterministic(cell.config.seed):
+        with _others(team, cell, store, where, result):
+            ctx, data = _prepared(cell, where, progress, device, result)
+            teacher, model = _compressed(ctx, data)
+        # what is evaluated and measured now, this process does alone
+        ctx.cache = ArtifactCache(where.artifacts)
+        if ctx.place:
+            # and on a whole model: what was trained is in the cache, and a measured exchange would be no model's own
+            # time
+            del teacher, model
+            ctx = dataclasses.replace(ctx, place=None, stages=[], notes=[])
+            result.notes = ctx.notes
+            teacher, model = _compressed(ctx, data)
+        model.eval()
+        splits = {"selection": data.selection, "dev": data.dev}
+        for split in ("selection", "dev"):
+            progress.stage(f"evaluate {split}", len(ctx.features[split]))
+            evaluation, frame = evaluate(
+                model,
+                splits[split],
+                ctx.features[split],
+                cell.task,
+                cell.spec.family,
+                ctx.tokenizer,
+                split=split,
+                batch_size=EVALUATION_BATCH_SIZE,
+                device=device,
+                on_batch=progress.advance,
+            )
+            result.evaluations.append(evaluation)
+        result.teacher_evaluations = [teacher_evaluation(teacher, ctx, data)]
     path = store.predictions_path(cell.run_id)
     content = io.BytesIO()
     frame.to_parquet(content, index=False)
@@ -189,8 +192,9 @@ def follow(team: Team) -> None:
         cell = Cell.resolve(RunConfig.model_validate(said["config"]), where)
         if cell.run_id != said["run_id"]:
             raise MachineError("the processes of this run see different data, weights or code")
-        ctx, data = _prepared(cell, where, Silent(), team.ranks.device)
-        _compressed(ctx, data)
+        with deterministic(cell.config.seed):
+            ctx, data = _prepared(cell, where, Silent(), team.ranks.device)
+            _compressed(ctx, data)
 
     team.follow(run_along)
 

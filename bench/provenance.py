@@ -63,6 +63,17 @@ def _git() -> tuple[str | None, bool | None]:
     return commit.stdout.strip(), bool(status.stdout.strip())
 
 
+def changed_since(commit: str) -> list[str] | None:
+    """Name the library's files that differ from what they were at ``commit``; ``None`` where git does not know it."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "diff", "--name-only", "--relative", commit, "--", "."]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return [f"bench/{name}" for name in done.stdout.split()]
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from importlib import import_module
-from importlib.metadata import entry_points
 
+from bench.entry_points import Registered, from_entry_points
 from bench.errors import unknown
 from bench.methods.base import Method
 
@@ -31,25 +30,16 @@ _BUILT_IN = {
 
 
 @functools.cache
+def registered_methods() -> dict[str, Registered[type[Method]]]:
+    """Return the methods of other packages by name, each with its origin."""
+    return from_entry_points(METHOD_GROUP, "method", _read, _BUILT_IN)
+
+
+@functools.cache
 def methods() -> dict[str, type[Method]]:
-    """Return every method by name; a broken third-party one is a warning that names its origin."""
-    found = {name: _load(where) for name, where in _BUILT_IN.items()}
-    for point in entry_points(group=METHOD_GROUP):
-        origin = f"{point.dist.name} {point.dist.version}" if point.dist else point.value
-        try:
-            cls = point.load()
-            if not (isinstance(cls, type) and issubclass(cls, Method)):
-                raise TypeError(f"{point.value} is no subclass of bench.methods.base.Method")
-        except Exception as error:
-            warnings.warn(
-                f"method '{point.name}' from {origin} cannot be loaded and is left out: {error}", stacklevel=2
-            )
-            continue
-        if point.name in found:
-            warnings.warn(f"method '{point.name}' from {origin} is left out: the name is taken", stacklevel=2)
-            continue
-        found[point.name] = cls
-    return found
+    """Return every method by name."""
+    own = {name: _load(where) for name, where in _BUILT_IN.items()}
+    return own | {name: found.value for name, found in registered_methods().items()}
 
 
 def method(name: str) -> type[Method]:
@@ -64,6 +54,12 @@ def method(name: str) -> type[Method]:
     if name not in known:
         raise unknown("method", name, known)
     return known[name]
+
+
+def _read(name: str, found: object) -> type[Method]:
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise TypeError(f"{found!r} is no subclass of bench.methods.base.Method")
+    return found
 
 
 def _load(where: str) -> type[Method]:

@@ -19,6 +19,7 @@ for name in [name for name in os.environ if name.startswith("WANDB_")]:
 os.environ["WANDB_MODE"] = "disabled"  # before any process is started, which inherits it
 
 LARGEST_ARRAY = 2
+collect_ignore = ["tutorial_package"]  # its own tests run where it is installed
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,22 @@
-"""Shapes of the common checkpoints, bundled so that a plan needs no network. Imports no torch."""
+"""Checkpoints by name: the common ones, bundled so that a plan needs no network, and those of other packages.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from bench.backbones.spec import BackboneSpec
+from bench.entry_points import Registered, from_entry_points
 from bench.errors import BackboneError, suggest
 
+BACKBONE_GROUP = "bench.backbones"
 BUNDLE = Path(__file__).parent / "configs" / "backbones.json"
 TIMEOUT_SECONDS = 5.0
 """How long the Hub may take to answer at all before it counts as out of reach."""
@@ -22,14 +29,59 @@ def _bundle() -> dict[str, dict[str, Any]]:
 
 
 def known_backbones() -> dict[str, str]:
-    """Return every bundled alias with the Hub id that it stands for."""
+    """Return every bundled name with the Hub id that it stands for."""
     return {alias: entry["hub"] for alias, entry in _bundle().items()}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What another package registers under a name: a checkpoint of a supported family, in one of two places.
+
+    Attributes
+    ----------
+    folder
+        Folder with ``config.json``, weights and tokenizer, inside the package as a rule.
+    hub
+        Hub id, where there is no folder.
+    config
+        The fields of its ``config.json`` that give the architecture, where it is on the Hub, so that a plan needs no
+        network.
+    """
+
+    folder: Path | None = None
+    hub: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@cache
+def registered_backbones() -> dict[str, Registered[Checkpoint]]:
+    """Return the checkpoints of other packages by name, each with its origin."""
+    return from_entry_points(BACKBONE_GROUP, "backbone", _checked, known_backbones())
+
+
+def backbone_names() -> list[str]:
+    """Return every name that stands for a checkpoint: those of the bundle, then those of other packages."""
+    return [*known_backbones(), *registered_backbones()]
+
+
+def _checked(name: str, found: object) -> Checkpoint:
+    if not isinstance(found, Checkpoint):
+        raise TypeError(f"{found!r} is no bench.backbones.catalogue.Checkpoint")
+    if (found.folder is None) == (found.hub is None):
+        raise ValueError("it must name either the folder of its checkpoint or its Hub id")
+    BackboneSpec.from_config(name, _config(name, found))
+    return found
+
+
+def _config(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    return _read(checkpoint.folder / "config.json", name) if checkpoint.folder else dict(checkpoint.config)
 
 
 def resolve_config(name: str) -> tuple[str, dict[str, Any]]:
     """Find where a backbone's weights are and what its ``config.json`` says.
 
-    Looked for in this order: a local folder, the bundle (by alias or Hub id), the local Hugging Face cache, the Hub.
+    Looked for in this order: a local folder, the bundle (by alias or Hub id), other packages, the local Hugging Face
+    cache, the Hub.
 
     Parameters
     ----------
@@ -53,6 +105,8 @@ def resolve_config(name: str) -> tuple[str, dict[str, Any]]:
     for alias, entry in _bundle().items():
         if name in (alias, entry["hub"]):
             return str(entry["hub"]), dict(entry["config"])
+    if found := registered_backbones().get(name):
+        return str(found.value.folder or found.value.hub), _config(name, found.value)
     return name, _read(_from_hub(name), name)
 
 
@@ -77,7 +131,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-    hint = suggest(name, [*known_backbones(), *known_backbones().values()])
+    hint = suggest(name, [*backbone_names(), *known_backbones().values()])
     advice = "Give a bundled name (see `bench list backbones`) or a local folder with its config.json and weights."
     try:
         cached = try_to_load_from_cache(name, "config.json")

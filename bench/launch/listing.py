@@ -29,15 +29,17 @@ def print_listing(what: str) -> None:
             table.add_column(column, overflow="fold")
 
     if what == "tasks":
-        from bench.tasks.catalogue import TASKS
+        from bench.tasks.catalogue import registered_tasks, tasks
 
         head("task", "kind", "metrics", "labels", "tokens", "source")
-        for name, task in TASKS.items():
+        theirs = registered_tasks()
+        for name, task in tasks().items():
             labels = " / ".join(task.labels) or "-"
-            source = task.source.hub or "bundled"
+            source = theirs[name].origin if name in theirs else task.source.hub or "bundled"
             table.add_row(name, task.kind, ", ".join(task.metrics), labels, str(task.max_length), source)
     elif what == "methods":
         from bench.describe import catalogue
+        from bench.registry import registered_methods
 
         # a block each: six columns of phrases would be read at no width
         table.show_header = False
@@ -46,22 +48,26 @@ def print_listing(what: str) -> None:
         for entry in catalogue():
             facts = {"trains": entry.trains, "saves": entry.saves, "ratio sets": entry.knob, "paper": entry.paper}
             facts["runs on"] = "; ".join([", ".join(entry.families), *entry.limits])
+            if registered := registered_methods().get(entry.name):
+                facts["from"] = registered.origin
             table.add_row(Text(entry.name, "bold"), "does", entry.summary)
             for what, text in facts.items():
                 if text.strip("-"):
                     table.add_row("", Text(what, "dim"), text)
             table.add_row()
     elif what == "backbones":
-        from bench.backbones.catalogue import known_backbones, spec_of
+        from bench.backbones.catalogue import known_backbones, registered_backbones, spec_of
         from bench.backbones.source import EMBEDDED
         from bench.measure.closed_form import backbone_parameters
 
-        head("backbone", "family", "layers", "width", "FFN", "parameters", "on the Hub")
-        for name, hub in known_backbones().items():
+        head("backbone", "family", "layers", "width", "FFN", "parameters", "from")
+        places = {name: f"{hub} (extra: {EMBEDDED[name].extra})" if name in EMBEDDED else hub
+                  for name, hub in known_backbones().items()}  # fmt: skip
+        places |= {name: found.origin for name, found in registered_backbones().items()}
+        for name, where in places.items():
             spec = spec_of(name)
             layers = f"{spec.encoder_layers}+{spec.decoder_layers}" if spec.decoder_layers else str(spec.encoder_layers)
             size = f"{backbone_parameters(spec, 2) / 1e6:,.1f} M"
-            where = f"{hub} (extra: {EMBEDDED[name].extra})" if name in EMBEDDED else hub
             table.add_row(name, spec.family, layers, str(spec.d_model), str(spec.d_ff), size, where)
     elif what == "recipes":
         head("recipe", "sets")

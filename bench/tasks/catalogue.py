@@ -1,13 +1,16 @@
-"""The built-in tasks, and how a task is found by name or by file. Imports no torch."""
+"""The tasks by name, built in or of other packages, and how one is found by name or by file. Imports no torch."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
+from bench.entry_points import Registered, from_entry_points
 from bench.errors import unknown
 from bench.tasks.own import read_own
 from bench.tasks.spec import Source, TaskSpec
 
+TASK_GROUP = "bench.tasks"
 GLUE_REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
 SQUAD_REVISION = "7b6d24c440a36b6815f21b70d25016731768db1f"
 
@@ -111,13 +114,24 @@ TASKS: dict[str, TaskSpec] = {spec.name: spec for spec in _SPECS}
 """Name -> built-in task."""
 
 
+@functools.cache
+def registered_tasks() -> dict[str, Registered[TaskSpec]]:
+    """Return the tasks of other packages by name, each with its origin."""
+    return from_entry_points(TASK_GROUP, "task", _read, TASKS)
+
+
+def tasks() -> dict[str, TaskSpec]:
+    """Return every task that has a name."""
+    return TASKS | {name: found.value for name, found in registered_tasks().items()}
+
+
 def resolve_task(name_or_path: str) -> TaskSpec:
-    """Find a task by its built-in name, or read it from a YAML file of one's own.
+    """Find a task by its name, or read it from a YAML file of one's own.
 
     Parameters
     ----------
     name_or_path
-        A key of `TASKS`, or the path of a ``.yaml`` or ``.yml`` file (see `bench.tasks.own`).
+        A key of `tasks`, or the path of a ``.yaml`` or ``.yml`` file (see `bench.tasks.own`).
 
     Raises
     ------
@@ -126,8 +140,19 @@ def resolve_task(name_or_path: str) -> TaskSpec:
     DataError
         If the file names data that are not there.
     """
-    if name_or_path in TASKS:
-        return TASKS[name_or_path]
+    known = tasks()
+    if name_or_path in known:
+        return known[name_or_path]
     if Path(name_or_path).suffix in (".yaml", ".yml"):
         return read_own(Path(name_or_path))
-    raise unknown("task", name_or_path, [*TASKS, "<your own>.yaml"])
+    raise unknown("task", name_or_path, [*known, "<your own>.yaml"])
+
+
+def _read(name: str, found: object) -> TaskSpec:
+    """Take what an entry point holds: a task, or the path of its YAML file."""
+    spec = read_own(Path(found)) if isinstance(found, str | Path) else found
+    if not isinstance(spec, TaskSpec):
+        raise TypeError(f"{found!r} is neither a bench.tasks.spec.TaskSpec nor the path of a task's YAML file")
+    if spec.name != name:  # results name the task, and a command made of one must find it
+        raise ValueError(f"the task calls itself '{spec.name}'; give the entry point the same name")
+    return spec

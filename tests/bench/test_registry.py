@@ -19,7 +19,8 @@ Install = Callable[[str], None]
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     """Install a package whose entry points are given, as pip would, and forget it afterwards."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registry, "methods", registry.methods.__wrapped__)  # nothing is remembered
+    for name in ("methods", "registered_methods"):  # nothing is remembered
+        monkeypatch.setattr(registry, name, getattr(registry, name).__wrapped__)
     (tmp_path / "their_method.py").write_text(
         "from dataclasses import dataclass\nfrom bench.methods.dense import Dense\n\n\n"
         "@dataclass(frozen=True)\nclass Theirs(Dense):\n    name = 'theirs'\n    width: int = 3\n"
@@ -52,6 +53,7 @@ def test_a_method_of_another_package_is_found(install: Install) -> None:
     theirs = registry.method("theirs")
     assert theirs.options() == {"width": 3}
     assert set(registry.methods()) == {"theirs", *registry._BUILT_IN}
+    assert registry.registered_methods()["theirs"].origin == "their-package 1.2"
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,7 @@ def test_a_method_of_another_package_is_found(install: Install) -> None:
         ("broken = no_such_module:Thing", "No module named 'no_such_module'"),
         ("broken = their_method:Nothing", "Nothing"),
         ("broken = pathlib:Path", "no subclass"),
-        ("dense = their_method:Theirs", "the name is taken"),
+        ("dense = their_method:Theirs", "the name is taken by this library"),
     ],
 )
 def test_a_method_that_cannot_be_used_is_left_out_with_a_warning(install: Install, point: str, said: str) -> None:

@@ -1,0 +1,1 @@
+"""Whether a recorded result comes out again, and what differs where it does not."""

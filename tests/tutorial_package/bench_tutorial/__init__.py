@@ -1,0 +1,1 @@
+"""What other people's packages may add to the benchmark."""
