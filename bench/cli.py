@@ -350,6 +350,25 @@ def report(study: str, results: Path) -> None:
 
 
 @main.command(context_settings=CONTEXT)
+@click.argument("sweeps", nargs=-1, required=True, metavar="SWEEP...")
+@click.option("--tasks", default="1,3,10,100", show_default=True, help="Numbers of tasks.")
+@click.option("--study", help="Study that the results go to; that of the sweeps.")
+@_where
+def storage(sweeps: tuple[str, ...], tasks: str, study: str | None, results: Path, **where: Any) -> None:
+    """Measure what many tasks take on disk and in memory, kept in each way that the sweeps list.
+
+    What is missing of the sweeps is run first. Files are really written, to TMPDIR, and really loaded, each time in a
+    new process; where more tasks are asked for than were trained, the rest are copies with other numbers in them.
+
+    \b
+    bench storage storage storage-rivals storage-full --data-root DATA
+    """  # noqa: D301
+    from bench.launch.storing import read_counts, store_and_print
+
+    sys.exit(store_and_print(sweeps, results, study, _surroundings(**where), read_counts(tasks)))
+
+
+@main.command(context_settings=CONTEXT)
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("out", type=_FOLDER)
 @click.option("--backbone", help="What it was made for; the original T5 of its width and depth.")
