@@ -339,6 +339,49 @@ def pull(project: str, study: str | None, results: Path) -> None:
     sys.exit(pull_and_print(project, results, study))
 
 
+@main.group(cls=_Group, context_settings=CONTEXT)
+def hub() -> None:
+    """Send plugins and studies to the Hugging Face Hub, and bring them back."""
+
+
+@hub.command("push", context_settings=CONTEXT)
+@click.argument("what")
+@click.argument("repo", metavar="USER/NAME")
+@click.option("--public", is_flag=True, help="Let everybody see a repository that is made now.")
+@click.option("--license", default="apache-2.0", show_default=True, help="Licence, as the Hub names it.")
+@click.option("--cache-dir", type=_FOLDER, help="Teachers and plugins; BENCH_CACHE, else ~/.cache/bench.")
+@_results
+def hub_push(what: str, repo: str, public: bool, license: str, cache_dir: Path | None, results: Path) -> None:
+    """Send a study, or a plugin with the run that made it.
+
+    WHAT is a study, the id of a run whose plugin is in the cache, or the folder of a plugin. A repository that is made
+    is private. It all goes in one commit, or nothing does.
+
+    \b
+    bench hub push pilot ME/variator-pilot
+    bench hub push 6fbc3866484420a3 ME/variator-sst2-k4
+    """  # noqa: D301
+    from bench.launch.sharing import push_and_print
+
+    push_and_print(what, repo, results, _surroundings(None, cache_dir, "cpu"), private=not public, license=license)
+
+
+@hub.command("pull", context_settings=CONTEXT)
+@click.argument("repo", metavar="USER/NAME")
+@click.option("--revision", help="Branch, tag or commit.")
+@click.option("--study", help="Study that results go to; that of each result.")
+@click.option("--out", type=_FOLDER, help="Folder that a plugin goes to; plugins/NAME.")
+@_results
+def hub_pull(repo: str, revision: str | None, study: str | None, out: Path | None, results: Path) -> None:
+    """Bring a study or a plugin back. Results that are here stay.
+
+    Nothing but JSON, Parquet and safetensors is read.
+    """
+    from bench.launch.sharing import pull_and_print
+
+    sys.exit(pull_and_print(repo, results, study, revision, out))
+
+
 @main.command(context_settings=CONTEXT)
 @click.argument("study")
 @_results
