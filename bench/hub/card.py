@@ -163,8 +163,8 @@ def _costs(result: RunResult) -> str:
         "## What it costs\n\n"
         + _table(["", "requested", "achieved"], rows)
         + (
-            f"\nRemaining is FLOPs(compressed) / FLOPs(teacher), saved one minus it; FLOPs are 2 × multiply–accumulates, "
-            f"counted on the module that ran, on the real tokens of the dev set ({real:,.1f} GFLOPs in all).\n"
+            "\nRemaining is FLOPs(compressed) / FLOPs(teacher), saved one minus it. FLOPs are 2 × "
+            f"multiply–accumulates, counted on the module that ran, on the real tokens of the dev set ({real:,.1f} GFLOPs in all).\n"
         )
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["model", "dataset"]
 """Types of repositories: a plugin is a ``model``, a study a ``dataset``."""
-DEFAULT_BRANCH = "main"
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -118,7 +117,7 @@ def upload(
 def download(
     repo: str,
     kind: Kind,
-    wanted: Callable[[str], bool],
+    wanted: Sequence[str],
     *,
     revision: str | None = None,
     token: str | None = None,
@@ -132,7 +131,7 @@ def download(
     repo, kind
         Where from.
     wanted
-        Path in the repository -> whether it is to be fetched.
+        Paths in the repository, or patterns of them.
     revision
         Branch, tag or commit.
     token
@@ -150,57 +149,33 @@ def download(
 
     check_repo(repo)
     api = _api(token)
+
+    def fetch(**how: bool) -> Path:
+        patterns = list(wanted)
+        return Path(
+            snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=patterns, token=token, **how)
+        )
+
     try:
         with _asking(repo, "give", revision):
-            info = api.repo_info(repo, repo_type=kind, revision=revision or DEFAULT_BRANCH)
-            paths = api.list_repo_files(repo, repo_type=kind, revision=info.sha)
-            chosen = [path for path in paths if is_safe(path, repo) and wanted(path)]
-            if not chosen:
-                return _nothing()
-            return Path(
-                snapshot_download(
-                    repo,
-                    repo_type=kind,
-                    revision=info.sha,
-                    allow_patterns=[_literal(path) for path in chosen],
-                    token=token,
-                )
-            )
+            for path in api.list_repo_files(repo, repo_type=kind, revision=revision):
+                _check_inside(path, repo)
+            return fetch()
     except Unreached as problem:
         try:
-            found = snapshot_download(repo, repo_type=kind, revision=revision, local_files_only=True)
+            return fetch(local_files_only=True)
         except LocalEntryNotFoundError:
             raise HubError(f"{problem}, and nothing of it was fetched before") from None
-        return Path(found)
 
 
 class Unreached(HubError):
     """The Hub cannot be asked."""
 
 
-def is_safe(path: str, repo: str) -> bool:
-    """Return true for a path inside the repository.
-
-    Raises
-    ------
-    HubError
-        If it leads out of it. Nothing of such a repository is fetched.
-    """
+def _check_inside(path: str, repo: str) -> None:
+    """Raise ``HubError`` if a path leads out of the repository; nothing of such a one is fetched."""
     if path.startswith(("/", "~")) or "\\" in path or ":" in path or "\0" in path or ".." in path.split("/"):
         raise HubError(f"{repo} has a file named {path!r}, which leads out of it; nothing was fetched")
-    return True
-
-
-def _literal(path: str) -> str:
-    """Return a pattern that matches ``path`` alone."""
-    return re.sub(r"([*?[])", r"[\1]", path)
-
-
-def _nothing() -> Path:
-    """Return a folder without a file, for a repository that has none of those that are wanted."""
-    import tempfile
-
-    return Path(tempfile.mkdtemp(prefix="bench-hub-"))
 
 
 def _api(token: str | None) -> HfApi:

@@ -6,7 +6,6 @@ Nothing but JSON, Parquet and safetensors is read, and never a pickle.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from bench.storage import STORAGE_FILE, read_storage
 
 PLUGIN_FILES = ("plugin_config.json", "plugin.safetensors")
 RESULT_FILE, PREDICTIONS_FILE, CARD_FILE = "result.json", "predictions.parquet", "README.md"
-_OF_STUDY = re.compile(rf"runs/[0-9a-f]{{16}}\.json|predictions/[0-9a-f]{{16}}\.parquet|{STORAGE_FILE}")
+_OF_STUDY = ("runs/*.json", "predictions/*.parquet", STORAGE_FILE)
 
 
 def push_plugin(
@@ -90,8 +89,8 @@ def pull_plugin(repo: str, revision: str | None = None, token: str | None = None
     HubError
         See `bench.hub.client.download`.
     """
-    files = {*PLUGIN_FILES, *((RESULT_FILE, PREDICTIONS_FILE) if record else ())}
-    folder = download(repo, "model", files.__contains__, revision=revision, token=token)
+    files = (*PLUGIN_FILES, *((RESULT_FILE, PREDICTIONS_FILE) if record else ()))
+    folder = download(repo, "model", files, revision=revision, token=token)
     for name in PLUGIN_FILES:
         if not (folder / name).is_file():
             at = f" at revision {revision}" if revision else ""
@@ -177,7 +176,7 @@ def pull_study(
     HubError
         If the repository has no run, or see `bench.hub.client.download`.
     """
-    folder = download(repo, "dataset", lambda path: bool(_OF_STUDY.fullmatch(path)), revision=revision, token=token)
+    folder = download(repo, "dataset", _OF_STUDY, revision=revision, token=token)
     files = sorted((folder / "runs").glob("*.json"))
     if not files:
         raise BenchError(f"{repo} holds no study: it has no runs/*.json")

@@ -27,10 +27,12 @@ def push_and_print(
     """
     folder, out = Path(what), console()
     if (folder / PLUGIN_FILES[0]).is_file():
+        _check(folder)
         pushed = push_plugin(folder, repo, private=private, license=license)
     elif re.fullmatch(r"[0-9a-f]{16}", what) and (found := _find_run(what, results)):
         store, result = found
         plugin = _plugin_of(result, where)
+        _check(plugin)
         predictions = store.predictions_path(what)
         pushed = push_plugin(plugin, repo, result=result, predictions=predictions, private=private, license=license)
     else:
@@ -42,6 +44,13 @@ def push_and_print(
             )
         pushed = push_study(ResultStore(results, what), repo, private=private, license=license)
     say(out, f"{pushed.url}  ({'private' if pushed.private else 'public'}, commit {pushed.commit})")
+
+
+def _check(folder: Path) -> None:
+    """Raise ``PluginError`` unless the folder holds a plugin that is whole."""
+    from bench.plugins.plugin import Plugin
+
+    Plugin.from_pretrained(folder)
 
 
 def _find_run(run_id: str, results: Path) -> tuple[ResultStore, RunResult] | None:
@@ -84,6 +93,7 @@ def pull_and_print(repo: str, results: Path, study: str | None, revision: str | 
             folder = pull_plugin(repo, revision, record=True)
         except NoSuchRepo:
             raise HubError(f"{no_study}, be it a plugin or a study") from None
+        _check(folder)
         place = out or Path("plugins") / repo.split("/")[1]
         pulled = keep_plugin(folder, place, results, study)
         code = print_pulled(pulled, results, study) if pulled != type(pulled)() else 0

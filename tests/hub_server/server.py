@@ -4,7 +4,8 @@ It speaks the part of the API that a repository needs to be made, committed to, 
 
     python -m tests.hub_server.server STATE PORT_FILE
 
-It has no pull requests, branches to push to, Xet storage, or search. As on the Hub, a private repository does not exist for others.
+It has no pull requests, branches to push to, Xet storage, or search. As on the Hub, a private repository does not exist
+for others.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ BINARY = (".safetensors", ".parquet", ".png", ".pdf", ".pkl", ".bin")
 class Refused(Exception):
     """An answer that is an error."""
 
-    def __init__(self, status: int, message: str, code: str = "") -> None:
+    def __init__(self, status: int, message: str, code: str = "", **more: str) -> None:
         super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+        self.status, self.code, self.answer = status, code, {"error": message, **more}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -109,9 +110,10 @@ class Handler(BaseHTTPRequestHandler):
         self._may_write(owner)
         key = f"{a.get('type') or 'model'}s/{owner}/{a['name']}"
         private = a.get("private", a.get("visibility") == "private")
+        url = f"{self.base}/{key.removeprefix('models/')}"
         if not self.state.create(key, private):
-            raise Refused(409, "You already created this repo")
-        return {"url": f"{self.base}/{key.removeprefix('models/')}", "name": f"{owner}/{a['name']}"}
+            raise Refused(409, "You already created this repo", url=url)
+        return {"url": url, "name": f"{owner}/{a['name']}"}
 
     def _info(self, key: str, revision: str, body: bytes) -> Any:
         commit, repo = self._commit_of(key, revision), self._repo(key)
@@ -222,7 +224,7 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 answer = self._dispatch(path, body)
             except Refused as error:
-                status, code, answer = error.status, error.code, {"error": error.message}
+                status, code, answer = error.status, error.code, error.answer
             except Exception:
                 traceback.print_exc()
                 status, answer = 400, {"error": traceback.format_exc(limit=1)}
