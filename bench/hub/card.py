@@ -164,7 +164,8 @@ def _costs(result: RunResult) -> str:
         + _table(["", "requested", "achieved"], rows)
         + (
             "\nRemaining is FLOPs(compressed) / FLOPs(teacher), saved one minus it. FLOPs are 2 × "
-            f"multiply–accumulates, counted on the module that ran, on the real tokens of the dev set ({real:,.1f} GFLOPs in all).\n"
+            "multiply–accumulates, counted on the module that ran, on the real tokens of the dev set "
+            f"({real:,.1f} GFLOPs in all).\n"
         )
     )
 

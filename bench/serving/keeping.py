@@ -20,9 +20,7 @@ from bench.cell import Cell, Surroundings
 from bench.context import RunContext
 from bench.execution import rebuild
 from bench.plugins.plugin import CONFIG_FILE, Plugin
-from bench.serving.multitask import MultiTaskModel
-from bench.tasks.features import collate
-from bench.training.stage import model_inputs
+from bench.serving.multitask import MultiTaskModel, stacked
 from bench.training.teacher import WEIGHTS_FILE
 
 SHARED_FILE, MODEL_FILE = "shared.safetensors", "model.safetensors"
@@ -89,8 +87,7 @@ class Keeping(ABC):
 
     def sample(self, ctx: RunContext, examples: int = 4) -> None:
         """Keep the first dev examples of a task for `run`."""
-        batch = collate(ctx.features["dev"][:examples], ctx.tokenizer.pad_token_id)
-        self.inputs.append(model_inputs(batch))
+        self.inputs.append(stacked(ctx.features["dev"][:examples], ctx.tokenizer.pad_token_id))
 
 
 class Adapters(Keeping):

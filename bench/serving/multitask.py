@@ -23,6 +23,7 @@ from bench.plugins.bank import PluginBank
 from bench.plugins.plugin import Plugin
 from bench.plugins.tasks import Rows, TaskPlugins
 from bench.tasks.catalogue import TASKS
+from bench.tasks.features import Feature, collate
 from bench.tasks.spec import TaskSpec
 from bench.training.teacher import WEIGHTS_FILE, lora_config
 
@@ -303,6 +304,17 @@ class MultiTaskModel(nn.Module):
             bank, attachment = self._bank
             bank.detach(attachment)
             self._bank = None
+
+
+def stacked(features: Sequence[Feature], pad_token_id: int) -> dict[str, Tensor]:
+    """Stack what a model reads of examples, whatever their tasks, into one padded batch.
+
+    Labels and decoder inputs, which tasks of one kind alone have, are left out.
+    """
+    read = ("input_ids", "token_type_ids")
+    bare = [cast(Feature, {name: feature[name] for name in read if name in feature}) for feature in features]  # type: ignore[literal-required]
+    batch = collate(bare, pad_token_id)
+    return {name: batch[name] for name in (*read, "attention_mask") if name in batch}
 
 
 class _Config(nn.Module):

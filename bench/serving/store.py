@@ -29,10 +29,8 @@ from bench.measure.size import bytes_on_disk, count_bytes
 from bench.plugins.plugin import Plugin
 from bench.provenance import collect
 from bench.serving.keeping import SHARED_FILE, Adapters, Cells, keeping
-from bench.serving.multitask import MultiTaskModel
+from bench.serving.multitask import MultiTaskModel, stacked
 from bench.storage import Agreement, StoragePoint, StorageResult, StorageSeries
-from bench.tasks.features import collate
-from bench.training.stage import model_inputs
 
 COUNTS = (1, 3, 10, 100)
 SPARE = 1.3
@@ -268,7 +266,7 @@ def _agreement(cells: Cells, kept: Adapters, say: Callable[[str], None]) -> list
             ctx, teacher_, compressed = rebuild(cell, cells.where)
             alone: Any = teacher_.model if k == 1 else compressed
             for feature in ctx.features["dev"][:AGREEMENT_EXAMPLES]:
-                inputs = model_inputs(collate([feature], ctx.tokenizer.pad_token_id))
+                inputs = stacked([feature], ctx.tokenizer.pad_token_id)
                 with torch.inference_mode():
                     answer = (
                         alone.generate(inputs["input_ids"], inputs["attention_mask"])
@@ -282,7 +280,7 @@ def _agreement(cells: Cells, kept: Adapters, say: Callable[[str], None]) -> list
         for places in batches:
             chosen = [rows[i] for i in places]
             model.select(k, [name for name, _, _ in chosen])
-            inputs = model_inputs(collate([feature for _, feature, _ in chosen], model.tokenizer.pad_token_id))
+            inputs = stacked([feature for _, feature, _ in chosen], model.tokenizer.pad_token_id)
             answers = list(model.generate(inputs["input_ids"], inputs["attention_mask"])) if free else model(**inputs)
             for (_, _, alone_), mixed in zip(chosen, answers, strict=True):
                 mixed = mixed[: len(alone_)]  # spans of a row that is padded here
