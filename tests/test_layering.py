@@ -50,7 +50,9 @@ ARROWS = {
     "describe": f"{_CONTRACTS} {_PARTS}",
     "testing": f"{_CONTRACTS} {_PARTS} artifacts context training costing cell runner describe",
     "analysis": "errors results storage",
-    "launch": f"{_CONTRACTS} {_PARTS} plugins cell artifacts runner tracking describe analysis storage incoming serving hub",
+    "launch": (
+        f"{_CONTRACTS} {_PARTS} plugins cell artifacts runner tracking describe analysis storage incoming serving hub"
+    ),
     "cli": "version errors results config cell runner tracking describe launch",
     "__main__": "team execution cli",
 }

@@ -150,17 +150,22 @@ def download(
     check_repo(repo)
     api = _api(token)
 
-    def fetch(**how: bool) -> Path:
-        patterns = list(wanted)
-        return Path(
-            snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=patterns, token=token, **how)
+    def fetch(local_files_only: bool) -> Path:
+        found = snapshot_download(
+            repo,
+            repo_type=kind,
+            revision=revision,
+            allow_patterns=list(wanted),
+            local_files_only=local_files_only,
+            token=token,
         )
+        return Path(found)
 
     try:
         with _asking(repo, "give", revision):
             for path in api.list_repo_files(repo, repo_type=kind, revision=revision):
                 _check_inside(path, repo)
-            return fetch()
+            return fetch(local_files_only=False)
     except Unreached as problem:
         try:
             return fetch(local_files_only=True)
