@@ -117,8 +117,9 @@ def measure_storage(
     where = Surroundings(where.data_root, where.cache_dir, "cpu")
     series = []
     found = series_of(configs)
-    for (method, _, ratios), cells in found.items():
+    for (method, lora, ratios), cells in found.items():
         label = f"{method} k={','.join(f'{r:g}' for r in ratios)}" if ratios else method
+        label += ", LoRA teachers" if lora else ", fine-tuned teachers"
         width = max(1, len(ratios))
         resolved = [Cell.resolve(config, where) for config in cells]
         tasks = tuple(tuple(resolved[i : i + width]) for i in range(0, len(resolved), width))

@@ -138,6 +138,11 @@ def test_a_task_is_added_beside_those_that_run_and_the_backbone_stays_one(tasks:
     own = sum(t.numel() for t in _weights(tasks[2].folder).values())
     assert added == plugins + own
     assert not any(p.requires_grad for p in model.parameters())
+    new = tasks[2]
+    model.select(2, [new.name, tasks[0].name])
+    answer, _ = model(**inputs([(new, new.features[0]), (tasks[0], tasks[0].features[1])]))
+    with torch.inference_mode():
+        torch.testing.assert_close(answer, new.alone(2)(**inputs([(new, new.features[0])])).logits[0], **TOLERANCE)
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
