@@ -47,7 +47,7 @@ def write_storage(folder: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
     for path, text in zip(paths, texts, strict=True):
         write_atomic(path, text.encode())
     with mpl.rc_context(RC):
-        return [*paths, *save(storage_figure(frame, f"{result.backbone} · {result.family}"), stem, formats)]
+        return [*paths, *save(storage_figure(frame, words.short_names([result.backbone])[result.backbone]), stem, formats)]
 
 
 def storage_frame(result: StorageResult) -> pd.DataFrame:
@@ -176,14 +176,13 @@ def storage_figure(frame: pd.DataFrame, title: str) -> Figure:
         axes.set_xticks(counts, [str(n) for n in counts])
         axes.minorticks_off()
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes.set_title(name, loc="left")
+        axes.set_title(f"{title} · {name}", loc="left")
         axes.set_xlabel("tasks")
     if len(panels) > 1 and frame["tensor_bytes"].isna().any():
         panels[1].set_title(
             "what did not fit was not loaded", loc="right", fontsize=7, color=FAINT, fontweight="normal"
         )
     panels[0].set_ylabel("MB (log scale)")
-    figure.suptitle(title, fontsize=9, fontweight="bold", x=0.02, ha="left")
     legend(figure, styles, "outside upper left", 7.2)
     return figure
 
