@@ -47,7 +47,10 @@ def write_storage(folder: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
     for path, text in zip(paths, texts, strict=True):
         write_atomic(path, text.encode())
     with mpl.rc_context(RC):
-        return [*paths, *save(storage_figure(frame, words.short_names([result.backbone])[result.backbone]), stem, formats)]
+        return [
+            *paths,
+            *save(storage_figure(frame, words.short_names([result.backbone])[result.backbone]), stem, formats),
+        ]
 
 
 def storage_frame(result: StorageResult) -> pd.DataFrame:

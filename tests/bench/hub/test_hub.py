@@ -197,6 +197,7 @@ def test_what_is_wrong_in_a_study_is_named_and_the_rest_comes(
     good = store.path(result.run_id).read_bytes()
     other = json.loads(next(p for p in store.path("x").parent.glob("*") if p.stem != result.run_id).read_bytes())
     newer = other | {"schema_version": 99}
+    renamed = other | {"run_id": "d" * 16, "predictions": None}  # its name is right, and not the hash of what it is
     hub.state.create(_key("me/mixed", "datasets"), private=True)
     hub.state.commit(
         _key("me/mixed", "datasets"),
@@ -206,13 +207,14 @@ def test_what_is_wrong_in_a_study_is_named_and_the_rest_comes(
             f"runs/{'a' * 16}.json": good,
             f"runs/{'b' * 16}.json": good[:100],
             f"runs/{'c' * 16}.json": json.dumps(newer).encode(),
+            f"runs/{'d' * 16}.json": json.dumps(renamed).encode(),
             "runs/evil.pkl": b"\x80\x04.",
         },
         "by somebody",
     )
     code, said = hub.bench(["hub", "pull", "me/mixed"], tmp_path)
-    assert code == 1 and "1 fetched" in said and "3 not readable" in said, said
-    assert "is of another run" in said and "schema_version is 99" in said and "is not a valid result" in said
+    assert code == 1 and "1 fetched" in said and "4 not readable" in said, said
+    assert said.count("is of another run") == 2 and "schema_version is 99" in said and "is not a valid result" in said
     assert [path.stem for path in (tmp_path / "results" / "tiny" / "runs").glob("*")] == [result.run_id]
     assert not any("evil" in r["path"] for r in hub.state.requests())
 
