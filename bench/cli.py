@@ -341,7 +341,7 @@ def pull(project: str, study: str | None, results: Path) -> None:
 
 @main.group(cls=_Group, context_settings=CONTEXT)
 def hub() -> None:
-    """Send plugins and studies to the Hugging Face Hub, and bring them back."""
+    """Share plugins and studies on the Hugging Face Hub."""
 
 
 @hub.command("push", context_settings=CONTEXT)
@@ -398,10 +398,11 @@ def report(study: str, results: Path) -> None:
 @click.option("--study", help="Study that the results go to; that of the sweeps.")
 @_where
 def storage(sweeps: tuple[str, ...], tasks: str, study: str | None, results: Path, **where: Any) -> None:
-    """Measure what many tasks take on disk and in memory, kept in each way that the sweeps list.
+    """Measure what many tasks take on disk and in memory.
 
-    What is missing of the sweeps is run first. Files are really written, to TMPDIR, and really loaded, each time in a
-    new process; where more tasks are asked for than were trained, the rest are copies with other numbers in them.
+    Each way to keep them that the sweeps list is measured; what is missing of the sweeps is run first. Files are really
+    written, to TMPDIR, and really loaded, each time in a new process; where more tasks are asked for than were trained,
+    the rest are copies with other numbers in them.
 
     \b
     bench storage storage storage-rivals storage-full --data-root DATA

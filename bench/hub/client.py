@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bench.errors import BenchError
 
@@ -163,8 +163,10 @@ def download(
 
     try:
         with _asking(repo, "give", revision):
-            for path in api.list_repo_files(repo, repo_type=kind, revision=revision):
-                _check_inside(path, repo)
+            # not `list_repo_files`, which would ask a Hub that is away again and again
+            info: Any = api.repo_info(repo, repo_type=kind, revision=revision)
+            for file in info.siblings or []:
+                _check_inside(file.rfilename, repo)
             return fetch(local_files_only=False)
     except Unreached as problem:
         try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,10 @@ from bench.measure.size import bytes_on_disk
 from bench.plugins.plugin import Plugin
 from bench.serving.keeping import Adapters, Cells, Keeping, Models, keeping, varied
 from bench.serving.store import measure_storage, series_of
-from bench.storage import StorageResult, StorageSeries
+from bench.storage import StorageResult, StorageSeries, read_storage
+from tests.bench_command import bench, results, tiny_sweep
 from tests.checkpoints import quick_config, task_file, tiny_checkpoint
+from tests.workers import PATIENCE
 
 COUNTS = (1, 2, 5)
 
@@ -221,3 +226,60 @@ def test_ways_are_compared_at_equal_cost_and_at_all_of_theirs() -> None:
 def test_cells_that_cannot_be_compared_are_refused(cells: list[RunConfig], message: str) -> None:
     with pytest.raises(BenchError, match=message):
         series_of(cells)
+
+
+def test_text_to_text_tasks_are_kept_beside_each_other_and_answer(tmp_path: Path, where: Surroundings) -> None:
+    from safetensors.torch import save_file
+
+    backbone = tiny_checkpoint(tmp_path / "t5", "t5")
+    choice = task_file(tmp_path / "choice", examples=20)
+    answer = task_file(
+        tmp_path / "answer", examples=20, kind="qa", text="other", text_pair="text", label="answer", labels=None,
+        prompt='"{text} {text_pair}"',
+    )  # fmt: skip
+    cells = tuple(
+        (Cell.resolve(quick_config(task, backbone, method="variator", ratio=2, teacher_lora=True), where),)
+        for task in (choice, answer)
+    )
+    kept = keeping(Cells(cells, where))
+    assert isinstance(kept, Adapters)
+    save_file({name: tensor.contiguous() for name, tensor in kept.shared().items()}, tmp_path / "shared.safetensors")
+    for i in range(3):
+        (tmp_path / str(i)).mkdir()
+        kept.write(i, tmp_path / str(i))
+    kept.empty()
+    kept.load_shared(tmp_path / "shared.safetensors")
+    for i in range(3):
+        kept.load(i, tmp_path / str(i))
+    assert kept.run() == 3
+    kept.model.select(2, ["1"] * 4)
+    with pytest.raises(BenchError, match="`generate` decodes"):
+        kept.model(**kept.inputs[1])
+
+
+def _bench(words: list[str | Path], at: Path) -> subprocess.CompletedProcess[str]:
+    """Run ``bench`` in a process that may have children of its own."""
+    command = [sys.executable, "-m", "tests.bench_command", *map(str, words), "--cache-dir", at / "cache"]
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=at, env=environ, capture_output=True, text=True, timeout=PATIENCE)
+
+
+def test_the_command_runs_what_is_missing_and_then_measures(tmp_path: Path) -> None:
+    sweep = tiny_sweep(tmp_path, teacher_lora=True, ratio=2)
+    done = _bench(["storage", sweep, "--tasks", "1,2"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = read_storage(tmp_path / "results" / "tiny")
+    assert result is not None and [s.method for s in result.series] == ["dense", "variator"]
+    assert [[p.tasks for p in s.points] for s in result.series] == [[1, 2], [1, 2]]
+    assert result.series[1].runs["mood"] == [results(tmp_path)["variator-2"]["run_id"]]
+    assert "results/tiny/tables/storage.md" in done.stdout and "results/tiny/storage.json" in done.stdout
+
+
+def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
+    sweep, another = tiny_sweep(tmp_path), tiny_sweep(tmp_path, "another")
+    for words, message in (
+        (["storage", sweep, "--tasks", "0,1"], "expected numbers of tasks"),
+        (["storage", sweep, another], "say with --study"),
+    ):
+        code, command = bench(words, tmp_path)
+        assert code == 2 and message in command.err
