@@ -64,7 +64,7 @@ def plugin_card(config: Mapping[str, Any], repo: str, result: RunResult | None =
         "```python\nfrom bench.plugins.plugin import Plugin\n"
         f'plugin = Plugin.from_pretrained("{repo}")\n'
         "with plugin.attached(model): logits = model(**batch).logits\n```\n",
-        f"`model` is the transformers model that it was made for{', fine-tuned' + task if task else ''}; "
+        f"`model` is the transformers model that it was made for{', fine-tuned' + task + ' (those weights are not here)' if task else ''}; "
         "after the `with` block it is bit-identical to before.\n",
     ]
     if result:
@@ -218,7 +218,7 @@ def _origin(result: RunResult) -> str:
         ["command", f"`{' '.join(p.command)}`"],
         ["commit", f"`{p.commit}`{changed}" if p.commit else "unknown"],
         ["versions", ", ".join(f"{name} {version}" for name, version in p.versions.items())],
-        ["hardware", f"{p.hardware}; {p.device}, {p.threads} threads; {p.platform}"],
+        ["hardware", f"{p.hardware}; {p.device}, {p.threads} thread{'s' if p.threads > 1 else ''}; {p.platform}"],
         ["seeds", ", ".join(f"{name} {seed}" for name, seed in p.seeds.items())],
         ["data", f"`{p.data_digest}`"],
         ["model", f"`{p.model_digest}`"],
