@@ -53,6 +53,7 @@ def plugin_card(config: Mapping[str, Any], repo: str, result: RunResult | None =
         eval_results=_eval_results(result) if result else None,
     )
     task = f" on {result.task['name']}" if result else ""
+    tuned = f", fine-tuned{task} (those weights are not here)" if task else ""
     what = f"`{backbone}`" if backbone else f"a {str(config['family']).upper()} of width {config['d_model']}"
     text = [
         f"# Variator plugin for {backbone or config['family']}, k = {k}\n",
@@ -64,7 +65,7 @@ def plugin_card(config: Mapping[str, Any], repo: str, result: RunResult | None =
         "```python\nfrom bench.plugins.plugin import Plugin\n"
         f'plugin = Plugin.from_pretrained("{repo}")\n'
         "with plugin.attached(model): logits = model(**batch).logits\n```\n",
-        f"`model` is the transformers model that it was made for{', fine-tuned' + task + ' (those weights are not here)' if task else ''}; "
+        f"`model` is the transformers model that it was made for{tuned}; "
         "after the `with` block it is bit-identical to before.\n",
     ]
     if result:
