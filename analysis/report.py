@@ -10,9 +10,11 @@ from analysis.cells import cells
 from analysis.figures import write_figures
 from analysis.frames import read_study
 from analysis.predictions import Predictions
+from analysis.storage import write_storage
 from analysis.style import FORMATS
 from analysis.tables import write_tables
 from bench.errors import BenchError, suggest
+from bench.storage import STORAGE_FILE
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def made_before(folder: Path) -> list[Path]:
         ``results/<study>``.
     """
     made = [path for kind in ("tables", "figures") for path in sorted((folder / kind).glob("*.*"))]
-    times = [path.stat().st_mtime_ns for path in (folder / "runs").glob("*.json")]
+    results = [*(folder / "runs").glob("*.json"), *folder.glob(STORAGE_FILE)]
+    times = [path.stat().st_mtime_ns for path in results]
     complete = {path.parent.name for path in made} == {"tables", "figures"}
     return made if complete and times and min(path.stat().st_mtime_ns for path in made) > max(times) else []
 
@@ -84,5 +87,6 @@ def regenerate(results_root: Path, study: str, formats: Sequence[str] = FORMATS)
     predictions = Predictions(read.folder)
     table = cells(read, predictions)
     paths = [*write_tables(read, table, predictions), *write_figures(read, table, formats)]
+    paths += write_storage(read.folder, formats)
     counts = read.frame["status"].value_counts().sort_index()
     return Report(study, paths, {str(status): int(n) for status, n in counts.items()}, read.problems)

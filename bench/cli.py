@@ -339,6 +339,49 @@ def pull(project: str, study: str | None, results: Path) -> None:
     sys.exit(pull_and_print(project, results, study))
 
 
+@main.group(cls=_Group, context_settings=CONTEXT)
+def hub() -> None:
+    """Share plugins and studies on the Hugging Face Hub."""
+
+
+@hub.command("push", context_settings=CONTEXT)
+@click.argument("what")
+@click.argument("repo", metavar="USER/NAME")
+@click.option("--public", is_flag=True, help="Let everybody see a repository that is made now.")
+@click.option("--license", default="apache-2.0", show_default=True, help="Licence, as the Hub names it.")
+@click.option("--cache-dir", type=_FOLDER, help="Teachers and plugins; BENCH_CACHE, else ~/.cache/bench.")
+@_results
+def hub_push(what: str, repo: str, public: bool, license: str, cache_dir: Path | None, results: Path) -> None:
+    """Send a study, or a plugin with the run that made it.
+
+    WHAT is a study, the id of a run whose plugin is in the cache, or the folder of a plugin. A repository that is made
+    is private. It all goes in one commit, or nothing does.
+
+    \b
+    bench hub push pilot ME/variator-pilot
+    bench hub push 6fbc3866484420a3 ME/variator-sst2-k4
+    """  # noqa: D301
+    from bench.launch.sharing import push_and_print
+
+    push_and_print(what, repo, results, _surroundings(None, cache_dir, "cpu"), private=not public, license=license)
+
+
+@hub.command("pull", context_settings=CONTEXT)
+@click.argument("repo", metavar="USER/NAME")
+@click.option("--revision", help="Branch, tag or commit.")
+@click.option("--study", help="Study that results go to; that of each result.")
+@click.option("--out", type=_FOLDER, help="Folder that a plugin goes to; plugins/NAME.")
+@_results
+def hub_pull(repo: str, revision: str | None, study: str | None, out: Path | None, results: Path) -> None:
+    """Bring a study or a plugin back. Results that are here stay.
+
+    Nothing but JSON, Parquet and safetensors is read.
+    """
+    from bench.launch.sharing import pull_and_print
+
+    sys.exit(pull_and_print(repo, results, study, revision, out))
+
+
 @main.command(context_settings=CONTEXT)
 @click.argument("study")
 @_results
@@ -395,6 +438,26 @@ def verify(
         sys.exit(verify_tables_and_print(store))
     elsewhere = read_elsewhere(tasks, backbones)
     sys.exit(verify_and_print(store, _surroundings(**where), elsewhere, sample, run_ids))
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("sweeps", nargs=-1, required=True, metavar="SWEEP...")
+@click.option("--tasks", default="1,3,10,100", show_default=True, help="Numbers of tasks.")
+@click.option("--study", help="Study that the results go to; that of the sweeps.")
+@_where
+def storage(sweeps: tuple[str, ...], tasks: str, study: str | None, results: Path, **where: Any) -> None:
+    """Measure what many tasks take on disk and in memory.
+
+    Each way to keep them that the sweeps list is measured; what is missing of the sweeps is run first. Files are really
+    written, to TMPDIR, and really loaded, each time in a new process; where more tasks are asked for than were trained,
+    the rest are copies with other numbers in them.
+
+    \b
+    bench storage storage storage-rivals storage-full --data-root DATA
+    """  # noqa: D301
+    from bench.launch.storing import read_counts, store_and_print
+
+    sys.exit(store_and_print(sweeps, results, study, _surroundings(**where), read_counts(tasks)))
 
 
 @main.command(context_settings=CONTEXT)

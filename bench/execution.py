@@ -158,6 +158,23 @@ def _compressed(ctx: RunContext, data: TaskData) -> tuple[Teacher, TaskModel]:
     return teacher, chosen.compress(teacher, data, ctx)
 
 
+def rebuild(cell: Cell, where: Surroundings) -> tuple[RunContext, Teacher, TaskModel]:
+    """Return the surroundings, the teacher and the model of a cell again; what is in the artifact cache is not trained.
+
+    Parameters
+    ----------
+    cell
+        A run that is done.
+    where
+        Data, cache and device, which may differ from those of the run.
+    """
+    import torch
+
+    ctx, data = _prepared(cell, where, Silent(), torch.device(_device(where.device)))
+    teacher, model = _compressed(ctx, data)
+    return ctx, teacher, model.eval()
+
+
 def _others(
     team: Team | None, cell: Cell, store: ResultStore, where: Surroundings, result: RunResult
 ) -> AbstractContextManager[None]:

@@ -26,6 +26,7 @@ ARROWS = {
     "locks": "errors",
     "results": "errors locks",
     "provenance": "version results",
+    "storage": "errors results",
     "backbones.spec": "errors",
     "tasks.spec": "errors",
     "methods.base": "errors backbones.spec tasks.spec",
@@ -36,7 +37,9 @@ ARROWS = {
     "backbones": "errors entry_points backbones.spec tasks tasks.spec",
     "measure": "errors results backbones.spec",
     "cell": f"{_CONTRACTS} {_PARTS}",
-    "plugins": "version errors backbones backbones.spec measure",
+    "incoming": "errors results config",
+    "hub": "version errors results storage incoming backbones tasks",
+    "plugins": "version errors hub backbones backbones.spec measure",
     "context": f"{_CONTRACTS} {_PARTS} artifacts",
     "training": f"{_CONTRACTS} {_PARTS} plugins context",
     "costing": f"{_CONTRACTS} {_PARTS} plugins context training",
@@ -44,12 +47,16 @@ ARROWS = {
     "team": "errors artifacts training",
     "execution": f"{_CONTRACTS} {_PARTS} cell artifacts context training costing team determinism",
     "runner": f"{_CONTRACTS} cell provenance execution",
-    "tracking": f"{_CONTRACTS} cell artifacts runner",
+    "tracking": f"{_CONTRACTS} cell artifacts incoming runner",
+    "serving": f"{_CONTRACTS} {_PARTS} plugins cell artifacts context training execution provenance storage",
     "describe": f"{_CONTRACTS} {_PARTS}",
     "testing": f"{_CONTRACTS} {_PARTS} artifacts context training costing cell runner describe",
-    "analysis": "errors results",
+    "analysis": "errors results storage",
     "verify": f"{_CONTRACTS} {_PARTS} cell provenance runner analysis",
-    "launch": f"{_CONTRACTS} {_PARTS} plugins cell artifacts runner tracking describe analysis verify",
+    "launch": (
+        f"{_CONTRACTS} {_PARTS} plugins cell artifacts runner tracking describe analysis storage incoming serving hub "
+        "verify"
+    ),
     "cli": "version errors results config cell runner tracking describe launch",
     "__main__": "team execution cli",
 }

@@ -111,6 +111,8 @@ class TextToTextModel(TaskModel):
     ) -> None:
         super().__init__(model)
         self.sentinel = sentinel
+        self.label_ids: Tensor
+        self.label_values: Tensor | None
         self.register_buffer("label_ids", torch.tensor(label_ids, dtype=torch.long), persistent=False)
         values = torch.tensor(label_values) if label_values else None
         self.register_buffer("label_values", values, persistent=False)
@@ -125,8 +127,7 @@ class TextToTextModel(TaskModel):
         """Run the model; without ``decoder_input_ids`` the decoder reads start and sentinel, and the label follows."""
         cloze = decoder_input_ids is None
         if decoder_input_ids is None:
-            start = torch.tensor([[self.config.decoder_start_token_id, self.sentinel]], device=input_ids.device)
-            decoder_input_ids = start.expand(input_ids.shape[0], 2)
+            decoder_input_ids = self.cloze(input_ids)
         written = self.written
         with recording(written, hidden):
             out = self.model(
@@ -138,9 +139,7 @@ class TextToTextModel(TaskModel):
             )
         logits = out.logits
         if cloze:
-            logits = logits[:, 1].index_select(-1, self.label_ids)
-            if self.label_values is not None:
-                logits = (logits.softmax(-1) * self.label_values).sum(-1, keepdim=True)
+            logits = self.read(logits)
         if not hidden:
             return TaskOutput(logits)
         if written is not None:
@@ -150,6 +149,18 @@ class TextToTextModel(TaskModel):
         inner = zip(norms, out.encoder_hidden_states[1:-1], strict=True)
         encoder = (*(norm(h) for norm, h in inner), out.encoder_last_hidden_state)
         return TaskOutput(logits, encoder, out.decoder_hidden_states[-1])
+
+    def cloze(self, input_ids: Tensor) -> Tensor:
+        """Return what the decoder reads where a label is to follow: start and sentinel, (batch, 2)."""
+        start = torch.tensor([[self.config.decoder_start_token_id, self.sentinel]], device=input_ids.device)
+        return start.expand(input_ids.shape[0], 2)
+
+    def read(self, logits: Tensor) -> Tensor:
+        """Map the decoder's logits, (batch, 2, vocabulary), to those of the labels, or to a number, (batch, 1)."""
+        logits = logits[:, 1].index_select(-1, self.label_ids)
+        if self.label_values is not None:
+            logits = (logits.softmax(-1) * self.label_values).sum(-1, keepdim=True)
+        return logits
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 32) -> Tensor:
         """Decode greedily; (batch, length) token ids."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from bench.incoming import Pulled
 from bench.launch.display import console, say
 from bench.tracking import Tracking
 from bench.tracking.project import create_sweep, pull
@@ -33,7 +34,12 @@ def hand_over(path: Path, project: str | None) -> None:
 
 def pull_and_print(project: str, root: Path, study: str | None) -> int:
     """Bring results back, say what became of each, and return the exit code: 1 where one could not be read."""
-    pulled, out = pull(project, root, study), console()
+    return print_pulled(pull(project, root, study), root, study)
+
+
+def print_pulled(pulled: Pulled, root: Path, study: str | None) -> int:
+    """Say what became of results that came, and return the exit code: 1 where one could not be read."""
+    out = console()
     for result in pulled.fetched:
         say(out, f"fetched: {root / (study or result.study) / 'runs' / result.run_id}.json")
     for result in pulled.kept:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
@@ -17,6 +19,9 @@ from bench.backbones.sites import EncoderView
 from bench.errors import PluginError
 from bench.measure.closed_form import Compression, Decompression
 from bench.plugins.layers import CompressionPair
+
+if TYPE_CHECKING:
+    from bench.results import RunResult
 
 CONFIG_FILE, WEIGHTS_FILE = "plugin_config.json", "plugin.safetensors"
 
@@ -181,16 +186,70 @@ class Plugin(nn.Module):
         save_file({n: t.detach().cpu().contiguous() for n, t in self.state_dict().items()}, folder / WEIGHTS_FILE)
         (folder / CONFIG_FILE).write_text(self.config.model_dump_json(indent=1) + "\n", "utf-8")
 
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        result: RunResult | None = None,
+        private: bool = True,
+        license: str = "apache-2.0",
+        token: str | None = None,
+    ) -> str:
+        """Send the plugin and its page to the Hub, in one commit, and return the address of the page.
+
+        Parameters
+        ----------
+        repo
+            ``USER/NAME``; made if there is none.
+        result
+            The run that made it, which goes beside it, and into its page.
+        private
+            Whether a repository that is made now is seen by its owner alone; one that is there stays as it is.
+        license
+            As the Hub names it.
+        token
+            By default ``HF_TOKEN``, or that of ``hf auth login``.
+
+        Raises
+        ------
+        HubError
+            If there is no token or no right, or the Hub cannot be reached.
+        """
+        from bench.hub.share import push_plugin
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_plugin(Path(folder), repo, result=result, private=private, license=license, token=token).url
+
     @classmethod
-    def from_pretrained(cls, folder: Path | str) -> Plugin:
-        """Read a plugin that ``save_pretrained`` wrote.
+    def from_pretrained(cls, folder: Path | str, *, revision: str | None = None, token: str | None = None) -> Plugin:
+        """Read a plugin that ``save_pretrained`` wrote, here or on the Hub.
+
+        Parameters
+        ----------
+        folder
+            A folder, or ``USER/NAME`` on the Hub where there is no such folder.
+        revision
+            Branch, tag or commit on the Hub.
+        token
+            As for `push_to_hub`; a public plugin needs none.
 
         Raises
         ------
         PluginError
             If a file is missing, torn, or does not belong to the config.
+        HubError
+            If the Hub has no such repository or revision, or cannot be reached.
         """
-        folder = Path(folder)
+        name, folder = str(folder), Path(folder)
+        if not folder.exists():
+            from bench.hub.client import is_repo
+            from bench.hub.share import pull_plugin
+
+            if is_repo(name):
+                folder = pull_plugin(name, revision, token)
+        elif revision is not None:
+            raise PluginError(f"{folder} is a folder on this machine, which has no revision '{revision}'")
         if folder.is_file():
             raise PluginError(
                 f"{folder} is a file, and a plugin is a folder of {CONFIG_FILE} and {WEIGHTS_FILE}. A pickle is never "

@@ -12,13 +12,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.config import run_id as identified_by
 from bench.errors import BenchError
-from bench.results import ResultStore, RunResult, parse, write_atomic
+from bench.incoming import STANDING, Pulled, take
 from bench.tracking.account import first_line, has_key
 from bench.tracking.link import environment
 
@@ -29,28 +27,6 @@ ANSWER_SECONDS = 20.0
 """Longest wait for a project at the start of a command, with what it takes to ask at all."""
 REQUEST_SECONDS = 8
 """Longest wait for one answer of the server there."""
-STANDING = ("done", "skipped")
-"""Results that are worth bringing back; others would be run again."""
-
-
-@dataclass
-class Pulled:
-    """What became of the results of a project.
-
-    Attributes
-    ----------
-    fetched, same
-        Results that were written, and those that were here already.
-    kept
-        Run ids of results that are here with another content, which stay.
-    problems
-        What could not be read, and why.
-    """
-
-    fetched: list[RunResult] = field(default_factory=list)
-    same: list[RunResult] = field(default_factory=list)
-    kept: list[RunResult] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
 
 
 def pull(path: str, root: Path, study: str | None = None) -> Pulled:
@@ -162,36 +138,12 @@ def _store(api: wandb.Api, project: str, ids: Sequence[str], root: Path, study: 
                 raise BenchError("it is no run of this suite")
             artifact = api.artifact(f"{project}/result-{run_id}:latest", type="result")
             artifact.download(str(folder), skip_cache=True)
-            _take(folder, run_id, root, study, pulled)
+            take(folder / "result.json", folder / "predictions.parquet", run_id, root, study, pulled)
         except Exception as error:
             pulled.problems.append(f"{run_id}: {first_line(error)}")
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return pulled
-
-
-def _take(folder: Path, run_id: str, root: Path, study: str | None, pulled: Pulled) -> None:
-    path = folder / "result.json"
-    content = path.read_bytes()
-    result = parse(content, path)
-    store = ResultStore(root, study or result.study)
-    # whoever may write to the project may put anything there: the name must be that of what the result says it is
-    own = {result.run_id, identified_by(result.identity)} == {run_id}
-    if not own or result.predictions not in (None, f"predictions/{run_id}.parquet"):
-        raise BenchError("its result is of another run")
-    if result.status not in STANDING:
-        return
-    here = store.path(run_id)
-    stored = here.read_bytes() if here.exists() else b""
-    if stored == content:
-        pulled.same.append(result)
-    elif stored and parse(stored, here).status in STANDING:
-        pulled.kept.append(result)
-    else:
-        if result.predictions:  # first, so that a result that is there has its predictions
-            write_atomic(store.predictions_path(run_id), (folder / "predictions.parquet").read_bytes())
-        write_atomic(here, content)
-        pulled.fetched.append(result)
 
 
 def _fetch(asked: dict[str, Any]) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,7 +22,12 @@ from bench.training.losses import task_loss
 from bench.training.parallel import writes
 from bench.training.stage import Batch, FeatureBatches, label_inputs, model_inputs, run_stage
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 WEIGHTS_FILE = "teacher.safetensors"
+HEADS = ("classifier", "qa_outputs", "pooler")
+"""Modules of an encoder that are a task's own."""
 LORA_TARGETS = {"bert": ["query", "value"], "t5": ["q", "v"]}
 
 
@@ -73,13 +78,26 @@ def _fresh(ctx: RunContext) -> TaskModel:
     config = ctx.config
     model = load_task_model(config.backbone, ctx.spec, ctx.task, ctx.tokenizer, config.seed)
     if config.teacher_lora:
-        from peft import LoraConfig, get_peft_model
+        from peft import get_peft_model
 
-        heads = ["classifier", "qa_outputs", "pooler"] if ctx.spec.family == "bert" else None
-        present = [h for h in heads or [] if any(n.split(".")[-1] == h for n, _ in model.model.named_modules())]
-        lora = LoraConfig(r=16, lora_alpha=32, target_modules=LORA_TARGETS[ctx.spec.family], modules_to_save=present)
-        model.model = get_peft_model(model.model, lora)
+        present = [h for h in HEADS if any(n.split(".")[-1] == h for n, _ in model.model.named_modules())]
+        model.model = get_peft_model(model.model, lora_config(ctx.spec.family, present))
     return model if ctx.place else model.to(ctx.device)
+
+
+def lora_config(family: str, heads: Sequence[str] = ()) -> LoraConfig:
+    """Return the LoRA of every teacher of a family.
+
+    Parameters
+    ----------
+    family
+        ``bert`` or ``t5``.
+    heads
+        Last names of the modules that are trained whole.
+    """
+    from peft import LoraConfig
+
+    return LoraConfig(r=16, lora_alpha=32, target_modules=LORA_TARGETS[family], modules_to_save=list(heads))
 
 
 def _merge_lora(model: TaskModel) -> None:

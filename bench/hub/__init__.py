@@ -1,0 +1,1 @@
+"""Plugins, results and studies on the Hugging Face Hub: there and back."""

@@ -1,0 +1,1 @@
+"""One frozen backbone in memory that serves."""
