@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.cells import cells
+from analysis.comparisons import comparisons
 from analysis.figures import write_figures
 from analysis.frames import read_study
+from analysis.page import write_page
 from analysis.predictions import Predictions
 from analysis.style import FORMATS
 from analysis.tables import write_tables
@@ -83,6 +85,7 @@ def regenerate(results_root: Path, study: str, formats: Sequence[str] = FORMATS)
         raise BenchError(f"study '{study}' has no run that can be read in {read.folder / 'runs'}.{why}")
     predictions = Predictions(read.folder)
     table = cells(read, predictions)
-    paths = [*write_tables(read, table, predictions), *write_figures(read, table, formats)]
+    pairs = comparisons(read, predictions)
+    paths = [*write_tables(read, table, pairs), *write_figures(read, table, formats), write_page(read, table, pairs)]
     counts = read.frame["status"].value_counts().sort_index()
     return Report(study, paths, {str(status): int(n) for status, n in counts.items()}, read.problems)
