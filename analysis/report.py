@@ -10,11 +10,13 @@ from analysis.cells import cells
 from analysis.comparisons import comparisons
 from analysis.figures import write_figures
 from analysis.frames import read_study
-from analysis.page import write_page
+from analysis.page import PAGE, write_page
 from analysis.predictions import Predictions
 from analysis.style import FORMATS
 from analysis.tables import write_tables
 from bench.errors import BenchError, suggest
+
+_MADE = {"tables": "*.*", "figures": "*.*", ".": PAGE}
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Report:
     study
         Its name.
     paths
-        Every file that was written, tables first.
+        Every file that was written: tables, figures, and the page.
     counts
         Status -> number of runs.
     problems
@@ -45,21 +47,21 @@ def studies(results_root: Path) -> list[str]:
 
 
 def made_before(folder: Path) -> list[Path]:
-    """Return the tables and figures of a study that are newer than every result, or nothing if any is older.
+    """Return what was made of a study if it is newer than every result and the README, or nothing if any is older.
 
     Parameters
     ----------
     folder
         ``results/<study>``.
     """
-    made = [path for kind in ("tables", "figures") for path in sorted((folder / kind).glob("*.*"))]
-    times = [path.stat().st_mtime_ns for path in (folder / "runs").glob("*.json")]
-    complete = {path.parent.name for path in made} == {"tables", "figures"}
+    made = [path for kind, names in _MADE.items() for path in sorted((folder / kind).glob(names))]
+    times = [path.stat().st_mtime_ns for kind in ("runs/*.json", "README.md") for path in folder.glob(kind)]
+    complete = {path.parent for path in made} == {folder / kind for kind in _MADE}
     return made if complete and times and min(path.stat().st_mtime_ns for path in made) > max(times) else []
 
 
 def regenerate(results_root: Path, study: str, formats: Sequence[str] = FORMATS) -> Report:
-    """Write ``tables/`` and ``figures/`` of a study from its ``runs/`` and ``predictions/``.
+    """Write ``tables/``, ``figures/`` and ``report.html`` of a study from its ``runs/`` and ``predictions/``.
 
     Parameters
     ----------

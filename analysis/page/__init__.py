@@ -24,6 +24,7 @@ from analysis.page.table import columns, table_rows
 from analysis.tables import BOLD, NOTES, blocks, failures, task_title
 from bench.results import write_atomic
 
+PAGE = "report.html"
 HERE = Path(__file__).parent
 SCRIPTS = ("front.js", "details.js", "page.js")
 
@@ -40,7 +41,7 @@ def write_page(study: Study, table: pd.DataFrame, pairs: pd.DataFrame) -> Path:
     pairs
         Comparisons between its methods, as :func:`analysis.comparisons.comparisons` gives them.
     """
-    path = study.folder / "report.html"
+    path = study.folder / PAGE
     write_atomic(path, _render(study, table, pairs).encode())
     return path
 
@@ -48,7 +49,8 @@ def write_page(study: Study, table: pd.DataFrame, pairs: pd.DataFrame) -> Path:
 def _render(study: Study, table: pd.DataFrame, pairs: pd.DataFrame) -> str:
     ordered = pd.concat([rows for _, _, rows in blocks(table)]) if len(table) else table
     names = words.short_names(study.frame["backbone"])
-    styles = marks(study.frame["series"])
+    # as in the figures, which know the series with a score alone
+    styles = marks(table["series"] if len(table) else ())
     cells = page_cells(ordered, study, pairs, names, styles)
     shown = columns(ordered)
     data = {
@@ -58,8 +60,7 @@ def _render(study: Study, table: pd.DataFrame, pairs: pd.DataFrame) -> str:
         "spec": json.loads((HERE / "front.vg.json").read_text("utf-8")),
     }
     script = "\n".join((HERE / name).read_text("utf-8") for name in SCRIPTS)
-    # a part of a script that would end it cannot be escaped alike in every place, so the library comes without any
-    library = javascript_bundle().replace("</script", r"<\/script")
+    library = javascript_bundle()  # type: ignore[call-arg]  # its stub forgets the default
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -116,10 +117,9 @@ def _panels(table: pd.DataFrame, names: dict[str, str]) -> list[dict[str, str]]:
 
 def _left(study: Study, names: dict[str, str]) -> list[dict[str, Any]]:
     """Return the runs without a score, with their reasons."""
-    return [
-        {**row, "k": words.ratio(row["ratio"]), "backbone_name": names[row["backbone"]]}
-        for row in failures(study.frame).to_dict("records")
-    ]
+    left = failures(study.frame)
+    left = left.assign(k=left["ratio"].map(words.ratio), backbone_name=left["backbone"].map(names))
+    return [{str(name): value for name, value in row.items()} for row in left.to_dict("records")]
 
 
 def _embedded(data: object) -> str:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from analysis import words
 from analysis.cells import AVERAGE
+from analysis.comparisons import both_ways
 from analysis.frames import DENSE, LeanResult, Study, groups
 from analysis.page.marks import Mark
 from analysis.tables import PERCENT, summary
@@ -45,19 +46,20 @@ def page_cells(
     run_ids = {_key(*key): ids for key, ids in run_ids.items()}
     against = _against(pairs)
     found: list[dict[str, Any]] = []
-    for i, (index, row) in enumerate(table.iterrows()):
+    for i, (_, row) in enumerate(table.iterrows()):
         key = _key(*(row[name] for name in identity))
-        mark = styles[row["series"]] if row["series"] in styles else styles[DENSE]
+        mark = styles[row["series"]]
         cell: dict[str, Any] = {
             "id": f"c{i}", "backbone": row["backbone"], "backboneName": names[row["backbone"]], "task": row["task"],
             "series": row["series"], "k": words.ratio(row["ratio"]), "ratio": _plain(row["ratio"]),
-            "tasks": int(row["tasks"]), "metric": _metric(row), "lacks": row["missing_tasks"],
+            "tasks": int(row["tasks"]), "axis": _axis(row), "lacks": row["missing_tasks"],
             "dense": row["method"] == DENSE, "colour": mark.name, "path": mark.path, "dashes": mark.dashes,
             "facts": _cell_facts(row), "runs": run_ids.get(key, []), "against": against.get(key, []),
             "seedScores": [_plain(round(100 * score, 6)) for _, score in row["seed_scores"]]
             if isinstance(row["seed_scores"], tuple) else [],
         }  # fmt: skip
-        cell |= {name: _plain(numbers.loc[index, percent.get(name, name)]) for name in keys}
+        shown = numbers.iloc[i]
+        cell |= {name: _plain(shown[percent.get(name, name)]) for name in keys}
         found.append(cell)
     for cell in found:
         if cell["task"] == AVERAGE:
@@ -87,8 +89,8 @@ def _plain(value: Any) -> float | int | None:
     return int(number) if number.is_integer() else number
 
 
-def _metric(row: pd.Series) -> str:
-    return "Mean of the tasks' first metrics, × 100" if row["task"] == AVERAGE else words.metric(row["metric"])
+def _axis(row: pd.Series) -> str:
+    return "Mean score, × 100" if row["task"] == AVERAGE else words.metric(row["metric"])
 
 
 def _percent(value: float) -> str:
@@ -104,7 +106,7 @@ def _cell_facts(row: pd.Series) -> Facts:
     if pd.isna(row["seed_low"]):
         over_seeds = f"no interval ({seeds})"
     facts += [
-        (_metric(row), words.number(row["score"], 2, 100)),
+        (_axis(row), words.number(row["score"], 2, 100)),
         ("95 % over examples (bootstrap)", _bounds(row, "example")),
         ("95 % over seeds (Student's t)", over_seeds),
     ]
@@ -136,12 +138,10 @@ def _bounds(row: pd.Series, kind: str) -> str:
 def _against(pairs: pd.DataFrame) -> dict[tuple[str, str, str, str], list[list[str]]]:
     """For each cell, how it compares with the others at its ratio: name, difference, p before and after Holm."""
     found: dict[tuple[str, str, str, str], list[list[str]]] = {}
-    for pair in pairs.itertuples():
-        for mine, other, sign in ((pair.a, pair.b, 1), (pair.b, pair.a, -1)):
-            ends = sorted((sign * pair.low, sign * pair.high))
-            text = words.interval(sign * pair.difference, *ends, scale=100, sign=True)
-            line = [other, text, words.p_value(pair.p), words.p_value(pair.p_holm)]
-            found.setdefault(_key(pair.backbone, pair.task, mine, pair.ratio), []).append(line)
+    for _, pair in both_ways(pairs).iterrows():
+        gap = words.interval(pair["difference"], pair["low"], pair["high"], scale=100, sign=True)
+        line = [pair["other"], gap, words.p_value(pair["p"]), words.p_value(pair["p_holm"])]
+        found.setdefault(_key(pair["backbone"], pair["task"], pair["series"], pair["ratio"]), []).append(line)
     return {key: sorted(lines, key=lambda line: words.reading_order(line[0])) for key, lines in found.items()}
 
 

@@ -65,7 +65,7 @@ function grid(head, rows, caption) {
   );
 }
 
-function commandOf(run) {
+function commandOf(id, run) {
   const code = make("code", {}, run.command);
   const button = make("button", { type: "button", class: "copy" }, "Copy");
   button.onclick = async () => {
@@ -80,7 +80,7 @@ function commandOf(run) {
     button.textContent = copied ? "Copied" : "Selected: press Ctrl+C";
     announce(copied ? "The command is on the clipboard." : "The command is selected.");
   };
-  return make("div", { class: "command" }, make("pre", { tabindex: "0", role: "region", "aria-label": "Command" }, code), button);
+  return make("div", { class: "command" }, make("pre", { tabindex: "0", role: "region", "aria-label": `Command of run ${id}` }, code), button);
 }
 
 function folded(title, ...children) {
@@ -91,13 +91,13 @@ function runOf(id, run, open) {
   const section = make("section", { class: "run", "aria-label": `Run ${id}` });
   section.append(make("h3", {}, `Run ${id}`, make("span", { class: `status ${run.status}` }, run.status), run.seed === "" ? "" : ` seed ${run.seed}`));
   if (run.reason) section.append(make("p", { class: "reason" }, run.reason));
-  section.append(make("h4", {}, "Make it again"), commandOf(run));
+  section.append(make("h4", {}, "Make it again"), commandOf(id, run));
   if (run.notes.length) section.append(make("h4", {}, "Notes"), make("ul", {}, ...run.notes.map((note) => make("li", {}, note))));
   section.append(make("h4", {}, "Where it came from"), facts(run.provenance));
   const numbers = facts(run.numbers);
   if (run.numbers.length) section.append(open ? make("div", {}, make("h4", {}, "Measured"), numbers) : folded("Measured", numbers));
   section.append(folded("Every setting", facts(run.setting)));
-  if (run.traceback) section.append(folded("Traceback", make("pre", { tabindex: "0" }, run.traceback)));
+  if (run.traceback) section.append(folded("Traceback", make("pre", { tabindex: "0", role: "region", "aria-label": `Traceback of run ${id}` }, run.traceback)));
   const files = [["Result", `runs/${encodeURIComponent(id)}.json`], ["Predictions", run.predictions]];
   const links = files.filter(([, path]) => path).map(([text, path]) => make("a", { href: `./${path}` }, text));
   section.append(make("p", { class: "files" }, "Files beside this page: ", ...links.flatMap((link, i) => (i ? [", ", link] : [link]))));

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from analysis import words
+from analysis.comparisons import both_ways
 from analysis.frames import DENSE, groups
 from analysis.statistics import LEVEL
 from analysis.tables import blocks, task_title
@@ -52,7 +53,8 @@ def findings(table: pd.DataFrame, pairs: pd.DataFrame, names: dict[str, str]) ->
     names
         How backbones are shown.
     """
-    found = []
+    found: list[Block] = []
+    pairs = both_ways(pairs)
     for backbone, task, rows in blocks(table) if len(table) else ():
         scored = rows[rows["score"].notna() & (rows["method"] != DENSE)]
         mine = pairs[(pairs["backbone"] == backbone) & (pairs["task"] == task)]
@@ -67,9 +69,9 @@ def _finding(ratio: float, rows: pd.DataFrame, pairs: pd.DataFrame) -> Finding:
     rows = rows.sort_values(["score", "series"], ascending=[False, True])
     leader = rows.iloc[0]
     sentences = [_leader(rows, leader)] if len(rows) > 1 and pd.notna(ratio) else []
-    named = rows[rows["method"] == SUBJECT].head(1) if sentences else rows
+    subject = rows[rows["method"] == SUBJECT].head(1) if sentences else rows
     for place, (_, row) in enumerate(rows.iterrows(), 1):
-        if row["series"] in set(named["series"]) and not (sentences and row["series"] == leader["series"]):
+        if row["series"] in set(subject["series"]) and not (sentences and row["series"] == leader["series"]):
             sentences.append(_place(row, place, len(rows), _pair(pairs, row["series"], leader["series"])))
     if len(rows) > 1 and len(pairs) and pd.notna(ratio):
         sentences.append(_apart(rows, leader, pairs))
@@ -94,7 +96,9 @@ def _drop(row: pd.Series) -> str:
 def _leader(rows: pd.DataFrame, leader: pd.Series) -> str:
     equal = [name for name in rows.loc[rows["score"] == leader["score"], "series"] if name != leader["series"]]
     beside = f" with {_listed(equal)}" if equal else ""
-    return f"{leader['series']} scores highest of {len(rows)}{beside}: {_score(leader)}; {_drop(leader)}."
+    after = rows.iloc[1 + len(equal) :]
+    following = f" Next is {after['series'].iloc[0]}: {_score(after.iloc[0])}." if len(after) else ""
+    return f"{leader['series']} scores highest of {len(rows)}{beside}: {_score(leader)}; {_drop(leader)}.{following}"
 
 
 def _place(row: pd.Series, place: int, n: int, pair: pd.Series | None) -> str:
@@ -107,16 +111,9 @@ def _place(row: pd.Series, place: int, n: int, pair: pd.Series | None) -> str:
     return f"{text} Against the highest {gap}, {_p(pair['p_holm'])} after Holm’s correction: {apart}."
 
 
-def _pair(pairs: pd.DataFrame, mine: str, other: str) -> pd.Series | None:
-    """Return the comparison of two series, as mine minus other."""
-    for a, b, sign in ((mine, other, 1), (other, mine, -1)):
-        found = pairs[(pairs["a"] == a) & (pairs["b"] == b)]
-        if len(found):
-            row = found.iloc[0].copy()
-            ends = sorted((sign * row["low"], sign * row["high"]))
-            row["difference"], row["low"], row["high"] = sign * row["difference"], *ends
-            return row
-    return None
+def _pair(pairs: pd.DataFrame, series: str, other: str) -> pd.Series | None:
+    found = pairs[(pairs["series"] == series) & (pairs["other"] == other)]
+    return found.iloc[0] if len(found) else None
 
 
 def _apart(rows: pd.DataFrame, leader: pd.Series, pairs: pd.DataFrame) -> str:
@@ -125,15 +122,19 @@ def _apart(rows: pd.DataFrame, leader: pd.Series, pairs: pd.DataFrame) -> str:
     apart = [name for name, pair in tested.items() if pair["p_holm"] < ALPHA]
     if not apart:
         return f"After Holm’s correction none of the other {len(tested)} is told apart from {leader['series']}."
-    return f"Told apart from {leader['series']} after Holm’s correction: {_listed(apart)} ({len(apart)} of {len(tested)})."
+    return (
+        f"Told apart from {leader['series']} after Holm’s correction: {_listed(apart)} ({len(apart)} of {len(tested)})."
+    )
 
 
 def _against_dense(rows: pd.DataFrame) -> str:
     tested = rows[rows["p"].notna()]
     alike = list(tested.loc[tested["p"] >= ALPHA, "series"])
     if not alike:
-        return "Told apart from the dense teacher (p < 0.05, not corrected): all." if len(tested) > 1 else (
-            "Told apart from the dense teacher (p < 0.05)."
+        return (
+            "Told apart from the dense teacher (p < 0.05, not corrected): all."
+            if len(tested) > 1
+            else ("Told apart from the dense teacher (p < 0.05).")
         )
     if len(tested) == 1:
         return f"Not told apart from the dense teacher ({_p(tested['p'].iloc[0])})."

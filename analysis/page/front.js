@@ -1,19 +1,26 @@
 /* The charts: one for each backbone and task, drawn by Vega from the shown cells. */
 
 const SIDE_BY_SIDE = 0.9; // percentage points between marks of equal cost, as in the figures
+const CROWD = 4; // percentage points over which the marks of one k may spread
 const NEAR = 1.5; // percentage points within which the guide of a ratio names a point
 
 function spread(points) {
-  // marks of equal cost would hide each other's intervals: they are set side by side
-  const ordered = points.slice().sort((a, b) => a.at - b.at);
-  let start = 0;
-  for (let i = 1; i <= ordered.length; i++) {
-    if (i < ordered.length && ordered[i].at - ordered[i - 1].at <= SIDE_BY_SIDE / 3) continue;
-    const equal = ordered.slice(start, i).sort((a, b) => a.order - b.order);
-    const mean = equal.reduce((sum, point) => sum + point.at, 0) / equal.length;
-    const step = Math.min(SIDE_BY_SIDE, 4 / equal.length);
-    equal.forEach((point, n) => (point.x = equal.length > 1 ? mean + step * (n - (equal.length - 1) / 2) : point.at));
-    start = i;
+  // marks of equal cost would hide each other's intervals: each moves as little as lets them stand side by side
+  const ordered = points.slice().sort((a, b) => a.at - b.at || a.order - b.order);
+  const crowd = Math.max(1, ...ordered.map((point) => ordered.filter((other) => Math.abs(other.at - point.at) < 1).length));
+  const step = Math.min(SIDE_BY_SIDE, CROWD / crowd);
+  const blocks = []; // of neighbours that touch; least squares under a least distance, by pooling
+  ordered.forEach((point, i) => {
+    blocks.push({ sum: point.at - i * step, members: [i] });
+    const mean = (block) => block.sum / block.members.length;
+    while (blocks.length > 1 && mean(blocks.at(-2)) >= mean(blocks.at(-1))) {
+      const last = blocks.pop();
+      blocks.at(-1).sum += last.sum;
+      blocks.at(-1).members.push(...last.members);
+    }
+  });
+  for (const { sum, members } of blocks) {
+    for (const i of members) ordered[i].x = members.length > 1 ? sum / members.length + i * step : ordered[i].at;
   }
   return points;
 }
@@ -71,6 +78,12 @@ class Front {
       front: points.filter((point) => point.front),
       guides,
       teacher: teacher ? [{ y: teacher.score }] : [],
+      // what the axes must hold
+      extent: [
+        ...points.flatMap(({ x, y, low, high }) => [{ x, y }, { x, y: low }, { x, y: high }]),
+        ...guides.map(({ x }) => ({ x, y: points[0].y })),
+        ...(teacher ? [{ x: points[0].x, y: teacher.score }] : []),
+      ],
     };
     if (!this.view) {
       const setting = { mode: "vega", renderer: "svg", ast: true, actions: false, defaultStyle: false, tooltip: () => {} };
@@ -81,7 +94,7 @@ class Front {
       for (const [name, rows] of Object.entries(data)) this.view.data(name, rows);
     }
     this.view.signal("xTitle", options.cost === "total" ? "remaining FLOPs of the whole model, % of dense" : "remaining encoder FLOPs, % of dense");
-    this.view.signal("yTitle", this.cells[0].metric);
+    this.view.signal("yTitle", this.cells[0].axis);
     this.size();
     await this.view.runAsync();
     this.reach();

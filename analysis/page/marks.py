@@ -9,10 +9,10 @@ from matplotlib.colors import to_hex, to_rgb
 
 from analysis.style import looks
 
-PAPER, NIGHT = "#ffffff", "#15181d"
-"""Backgrounds of the two schemes."""
-CONTRAST = 3.0
-"""What WCAG 2.2 asks of graphics against their background (success criterion 1.4.11)."""
+NIGHT = "#15181d"
+"""Background of the dark scheme, as in the style sheet."""
+CONTRAST, INK = 4.5, 12.0
+"""Least contrast of a series against the dark background, and of the dense teacher's ink."""
 
 # matplotlib's markers as paths about the origin, of about equal weight, in a box from -1 to 1
 PATHS = {
@@ -75,6 +75,8 @@ def contrast(colour: str, background: str) -> float:
 
 def on_dark(colour: str) -> str:
     """Mix a colour with white until it can be told from the dark background."""
-    shades = (to_hex([c + step / 20 * (1 - c) for c in to_rgb(colour)]) for step in range(21))
+    red, green, blue = to_rgb(colour)
+    steps = (step / 20 for step in range(21))
+    shades = (to_hex((red + s * (1 - red), green + s * (1 - green), blue + s * (1 - blue))) for s in steps)
     # black is the ink of the figures, and stays ink
-    return next(shade for shade in shades if contrast(shade, NIGHT) >= (12 if colour == "#000000" else CONTRAST))
+    return next(shade for shade in shades if contrast(shade, NIGHT) >= (INK if colour == "#000000" else CONTRAST))

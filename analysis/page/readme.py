@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from markdown_it import MarkdownIt
-from markupsafe import Markup
 
 
 class Readme(NamedTuple):
@@ -21,7 +20,7 @@ class Readme(NamedTuple):
     """
 
     title: str
-    body: Markup
+    body: str
 
 
 def read_readme(path: Path) -> Readme | None:
@@ -45,4 +44,4 @@ def read_readme(path: Path) -> Readme | None:
             token.attrSet("class", "plain")
         if token.type == "fence":
             token.info = ""
-    return Readme(title, Markup(parser.renderer.render(tokens, parser.options, {})))
+    return Readme(title, str(parser.renderer.render(tokens, parser.options, {})))

@@ -70,15 +70,15 @@ def table_rows(table: pd.DataFrame, cells: list[dict[str, Any]], shown: list[Col
     if table.empty:
         return []
     headers, grid = detail(table)
-    latency = [i for i, header in enumerate(headers) if header.startswith("Latency")]
+    latency = [at for at, header in enumerate(headers) if header.startswith("Latency")]
     names = words.short_names(table["backbone"])
     best = {column.key: _best(table, column) for column in shown if column.best}
     rows = []
-    for (index, row), texts, cell in zip(table.iterrows(), grid, cells, strict=True):
+    for i, ((_, row), texts, cell) in enumerate(zip(table.iterrows(), grid, cells, strict=True)):
         total = words.number(row["remaining_total"], scale=100)
         line = [*texts[:2], names[row["backbone"]], row["task"], *texts[2:5], texts[6], total, *texts[7:9]]
-        line += [*(texts[i] for i in latency), texts[-1]]
-        marked = [column.key in best and bool(best[column.key][index]) for column in shown]
+        line += [*(texts[at] for at in latency), texts[-1]]
+        marked = [column.key in best and bool(best[column.key].iloc[i]) for column in shown]
         rows.append({"cell": cell, "texts": line, "best": marked})
     return rows
 
