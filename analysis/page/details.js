@@ -66,7 +66,9 @@ function grid(head, rows, caption) {
 }
 
 function commandOf(id, run) {
-  const code = make("code", {}, run.command);
+  // lines break between options, and not at the hyphens of one
+  const options = run.command.split(/ (?=--)/).map((option) => make("span", {}, option));
+  const code = make("code", {}, ...options.flatMap((option, i) => (i ? [" ", option] : [option])));
   const button = make("button", { type: "button", class: "copy" }, "Copy");
   button.onclick = async () => {
     let copied = true;
