@@ -170,12 +170,10 @@ def test_pairs_are_seen_from_both_sides(made, page):
     of = {cell["series"]: cell for cell in page.data["cells"] if (cell["task"], cell["k"]) == ("rte", "4")}
     mine = next(line for line in of[pair["a"]]["against"] if line[0] == pair["b"])
     theirs = next(line for line in of[pair["b"]]["against"] if line[0] == pair["a"])
-    gap = words.number(pair["difference"], scale=100, sign=True)
-    assert mine[1].startswith(gap) and mine[2:] == theirs[2:] == [
-        words.p_value(pair["p"]),
-        words.p_value(pair["p_holm"]),
-    ]
-    assert mine[1].split("[")[1].split(",")[0].lstrip("+−") == theirs[1].split(", ")[1].rstrip("]").lstrip("+−")
+    scaled = {"scale": 100, "sign": True}
+    assert mine[1] == words.interval(pair["difference"], pair["low"], pair["high"], **scaled)
+    assert theirs[1] == words.interval(-pair["difference"], -pair["high"], -pair["low"], **scaled)
+    assert mine[2:] == theirs[2:] == [words.p_value(pair["p"]), words.p_value(pair["p_holm"])]
 
 
 def test_colours_and_markers_are_those_of_the_figures():

@@ -10,7 +10,7 @@ from analysis import words
 from tests.analysis.synthetic import glue, make_run, report, write_runs
 from tests.browser import Visit
 
-HOSTILE = '</script><img src=x onerror="window.hit=1"><b>'
+HOSTILE = '</script x><img src=x onerror="window.hit=1"><b>'
 WIDTHS = (360, 768, 1280, 1920)
 
 
@@ -104,6 +104,9 @@ def test_points_stand_where_their_numbers_are(visit):
         assert y == pytest.approx(high[2] + slope * (cells[high[0]]["score"] - cells[one]["score"]), abs=2.0)
         assert x <= max(d[1] for d in drawn if cells[d[0]]["dense"])
     assert slope > 0
+    bars = figure.locator(".bars line").evaluate_all("all => all.map(one => one.getBBox().height)")
+    lengths = [cells[one]["example_high"] - cells[one]["example_low"] for one, _, _ in drawn]
+    assert sorted(bars) == pytest.approx([slope * length for length in sorted(lengths)], abs=0.5)
 
 
 @pytest.mark.parametrize(
