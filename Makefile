@@ -15,7 +15,7 @@ help:
 	@echo "make quickstart   the main job end to end on this machine: no account, no model hub, no GPU"
 	@echo "make test         the test suite"
 	@echo "make lint         ruff and mypy"
-	@echo "make figures      every table and figure again from results/"
+	@echo "make figures      every table, figure and page again from results/"
 	@echo "make docs         the tables in docs/methods.md again from the code"
 	@echo "make clean        remove $(VENV), caches and build outputs; results/ stays"
 	@echo

@@ -1,4 +1,4 @@
-"""``python -m analysis``: make every table and figure again from ``results/``."""
+"""``python -m analysis``: make every table, figure and page again from ``results/``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _formats(_context: click.Context, _parameter: click.Parameter, value: str) -
 @click.option("--format", "formats", default=",".join(FORMATS), show_default=True, callback=_formats,
               help="Formats of the figures, separated by commas.")  # fmt: skip
 def main(names: tuple[str, ...], results: Path, formats: list[str]) -> None:
-    """Write tables/ and figures/ of each STUDY from its runs; of all studies if none is named."""
+    """Write tables/, figures/ and report.html of each STUDY from its runs; of all studies if none is named."""
     try:
         chosen = names or studies(results)
         if not chosen:

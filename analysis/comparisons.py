@@ -89,3 +89,10 @@ def comparisons(study: Study, predictions: Predictions) -> pd.DataFrame:
         block = pd.DataFrame(rows, columns=columns)
         blocks.append(block.assign(p_holm=holm(block["p"].to_numpy(dtype=float))))
     return pd.concat(blocks, ignore_index=True) if blocks else pd.DataFrame(columns=[*columns, "p_holm"])
+
+
+def both_ways(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Return every comparison from either side: of ``series`` with ``other``, in place of a and b."""
+    seen_from_b = pairs.rename(columns={"a": "other", "b": "series"})
+    seen_from_b = seen_from_b.assign(difference=-pairs["difference"], low=-pairs["high"], high=-pairs["low"])
+    return pd.concat([pairs.rename(columns={"a": "series", "b": "other"}), seen_from_b], ignore_index=True)

@@ -32,12 +32,16 @@ class _Stage(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     name: str
+    cached: bool
     steps: int
+    examples: int
     flops: int
     seconds: float
 
 
-class _LeanResult(RunResult):
+class LeanResult(RunResult):
+    """A result as the analysis reads it: all but the histories of its trainings."""
+
     training: list[_Stage] = Field(default_factory=list)  # type: ignore[assignment]
 
 
@@ -53,11 +57,14 @@ class Study:
         One row a run that could be read; empty where there is none. See :func:`read_study` for the columns.
     problems
         One line for each file that is no result of this suite, naming it.
+    results
+        Run id -> the result, for each row of the frame.
     """
 
     folder: Path
     frame: pd.DataFrame
     problems: list[str] = field(default_factory=list)
+    results: dict[str, LeanResult] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -85,9 +92,10 @@ def read_study(folder: Path) -> Study:
         field of the configuration. ``series`` names the method and those options in which its runs differ.
     """
     rows, problems = [], []
+    results: dict[str, LeanResult] = {}
     for path in sorted((folder / "runs").glob("*.json")):
         try:
-            result = _LeanResult.model_validate_json(path.read_bytes())
+            result = LeanResult.model_validate_json(path.read_bytes())
         except (ValidationError, OSError) as error:
             reason = "; ".join(str(error).splitlines()[:3])
             problems.append(f"{path.name} is left out: it is no readable result ({reason})")
@@ -96,6 +104,7 @@ def read_study(folder: Path) -> Study:
             problems.append(f"{path.name} is left out: it holds run {result.run_id}, so it is a copy or was renamed")
             continue
         rows.append(_row(result))
+        results[result.run_id] = result
     frame = pd.DataFrame(rows)
     if rows:
         if "remaining" not in frame:  # no run came as far as being measured
@@ -105,7 +114,7 @@ def read_study(folder: Path) -> Study:
         identity = [c for c in frame.columns if c.startswith("identity.") or c == "command"]
         order = ["backbone", "task", "series", "ratio", "seed", "run_id"]
         frame = frame.drop(columns=identity).sort_values(order, ignore_index=True)
-    return Study(folder, frame, problems)
+    return Study(folder, frame, problems, results)
 
 
 def groups(frame: pd.DataFrame, by: str | list[str], sort: bool = True) -> Iterator[tuple[Any, pd.DataFrame]]:

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.cells import cells
+from analysis.comparisons import comparisons
 from analysis.figures import write_figures
 from analysis.frames import read_study
+from analysis.page import PAGE, write_page
 from analysis.predictions import Predictions
 from analysis.storage import write_storage
 from analysis.style import FORMATS
 from analysis.tables import write_tables
 from bench.errors import BenchError, suggest
 from bench.storage import STORAGE_FILE
+
+_MADE = {"tables": "*.*", "figures": "*.*", ".": PAGE}
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Report:
     study
         Its name.
     paths
-        Every file that was written, tables first.
+        Every file that was written: tables, figures, and the page.
     counts
         Status -> number of runs.
     problems
@@ -45,22 +49,22 @@ def studies(results_root: Path) -> list[str]:
 
 
 def made_before(folder: Path) -> list[Path]:
-    """Return the tables and figures of a study that are newer than every result, or nothing if any is older.
+    """Return what was made of a study if it is newer than every result and the README, or nothing if any is older.
 
     Parameters
     ----------
     folder
         ``results/<study>``.
     """
-    made = [path for kind in ("tables", "figures") for path in sorted((folder / kind).glob("*.*"))]
-    results = [*(folder / "runs").glob("*.json"), *folder.glob(STORAGE_FILE)]
-    times = [path.stat().st_mtime_ns for path in results]
-    complete = {path.parent.name for path in made} == {"tables", "figures"}
+    made = [path for kind, names in _MADE.items() for path in sorted((folder / kind).glob(names))]
+    read = ("runs/*.json", "README.md", STORAGE_FILE)
+    times = [path.stat().st_mtime_ns for kind in read for path in folder.glob(kind)]
+    complete = {path.parent for path in made} == {folder / kind for kind in _MADE}
     return made if complete and times and min(path.stat().st_mtime_ns for path in made) > max(times) else []
 
 
 def regenerate(results_root: Path, study: str, formats: Sequence[str] = FORMATS) -> Report:
-    """Write ``tables/`` and ``figures/`` of a study from its ``runs/`` and ``predictions/``.
+    """Write ``tables/``, ``figures/`` and ``report.html`` of a study from its ``runs/`` and ``predictions/``.
 
     Parameters
     ----------
@@ -86,7 +90,12 @@ def regenerate(results_root: Path, study: str, formats: Sequence[str] = FORMATS)
         raise BenchError(f"study '{study}' has no run that can be read in {read.folder / 'runs'}.{why}")
     predictions = Predictions(read.folder)
     table = cells(read, predictions)
-    paths = [*write_tables(read, table, predictions), *write_figures(read, table, formats)]
-    paths += write_storage(read.folder, formats)
+    pairs = comparisons(read, predictions)
+    paths = [
+        *write_tables(read, table, pairs),
+        *write_figures(read, table, formats),
+        *write_storage(read.folder, formats),
+    ]
+    paths.append(write_page(read, table, pairs))
     counts = read.frame["status"].value_counts().sort_index()
     return Report(study, paths, {str(status): int(n) for status, n in counts.items()}, read.problems)

@@ -10,10 +10,8 @@ import pandas as pd
 from analysis import words
 from analysis.caveats import caveats, off_target, off_target_note
 from analysis.cells import AVERAGE
-from analysis.comparisons import comparisons
 from analysis.frames import DENSE, Study, groups
 from analysis.markup import Bold, latex_escape, latex_table, markdown_escape, markdown_table
-from analysis.predictions import Predictions
 from bench.results import write_atomic
 
 PERCENT = (
@@ -35,7 +33,7 @@ NOTES = (
 BOLD = "Bold is the best score of a column at equal ratio."
 
 
-def write_tables(study: Study, table: pd.DataFrame, predictions: Predictions) -> list[Path]:
+def write_tables(study: Study, table: pd.DataFrame, pairs: pd.DataFrame) -> list[Path]:
     """Write ``tables/`` of a study and return the paths.
 
     Parameters
@@ -44,8 +42,8 @@ def write_tables(study: Study, table: pd.DataFrame, predictions: Predictions) ->
         Its runs.
     table
         Its cells, as :func:`analysis.cells.cells` gives them.
-    predictions
-        Its per-example scores, for the comparisons between methods.
+    pairs
+        Comparisons between its methods, as :func:`analysis.comparisons.comparisons` gives them.
     """
     files = {"runs.csv": _csv(study.frame), "failures.csv": _csv(failures(study.frame))}
     files["failures.md"] = _failures_markdown(study)
@@ -53,7 +51,7 @@ def write_tables(study: Study, table: pd.DataFrame, predictions: Predictions) ->
         files["summary.csv"] = _csv(summary(table))
         files["summary.md"] = summary_markdown(study, table)
         files["summary.tex"] = summary_latex(study, table)
-        files["comparisons.csv"] = _csv(comparisons(study, predictions))
+        files["comparisons.csv"] = _csv(pairs)
     folder = study.folder / "tables"
     for name, text in files.items():
         write_atomic(folder / name, text.encode())
@@ -104,7 +102,7 @@ def summary_markdown(study: Study, table: pd.DataFrame) -> str:
             headers, layout = overview(study, table, backbone)
             text.append(markdown_table(headers, [row for group in layout for row in group]))
         headers, details = detail(rows)
-        text.append(f"### {markdown_escape(_title(task, rows))}\n\n{markdown_table(headers, details)}")
+        text.append(f"### {markdown_escape(task_title(task, rows))}\n\n{markdown_table(headers, details)}")
     return "\n".join(text)
 
 
@@ -119,7 +117,7 @@ def summary_latex(study: Study, table: pd.DataFrame) -> str:
         parts.append(latex_table(headers, layout, caption, f"tab:{words.slug(names[backbone])}"))
     for backbone, task, rows in blocks(table):
         headers, details = detail(rows, narrow=True)
-        title = f"{names[backbone]}, {_title(task, rows)}."
+        title = f"{names[backbone]}, {task_title(task, rows)}."
         caption = " ".join([title, words.CONVENTION, NOTES[1], off_target_note(rows)]).rstrip()
         label = f"tab:{words.slug(names[backbone])}:{words.slug(task)}"
         parts.append(latex_table(headers, [details], caption, label))
@@ -224,7 +222,8 @@ def _first(rows: pd.DataFrame, task: str) -> str:
     return str(rows.loc[rows["task"] == task, "metric"].iloc[0])
 
 
-def _title(task: str, rows: pd.DataFrame) -> str:
+def task_title(task: str, rows: pd.DataFrame) -> str:
+    """Name a task, or the average over so many."""
     return f"average over {int(rows['tasks'].max())} tasks" if task == AVERAGE else task
 
 

@@ -188,7 +188,7 @@ def main() -> None:
     \b
     bench plan sweeps/quickstart.yaml     what would run, what it costs, what is cached
     bench sweep sweeps/quickstart.yaml    run it; run it again to go on
-    bench report quickstart               tables and figures from the results
+    bench report quickstart               tables, figures and a page from the results
     """  # noqa: D301
 
 
@@ -386,7 +386,10 @@ def hub_pull(repo: str, revision: str | None, study: str | None, out: Path | Non
 @click.argument("study")
 @_results
 def report(study: str, results: Path) -> None:
-    """Make the tables and figures of STUDY from its results."""
+    """Make the tables and figures of STUDY, and one page to read it: report.html.
+
+    The page opens from disk in any browser and loads nothing.
+    """
     from bench.launch.listing import print_report
 
     print_report(results, study)

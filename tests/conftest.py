@@ -8,9 +8,11 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.browser import chromium
 from tests.slurm_cluster import DAEMONS, Cluster
 
 # no test but those of tracking itself talks to Weights & Biases, whatever account this machine has
@@ -39,3 +41,10 @@ def cluster() -> Iterator[Cluster]:
     finally:
         cluster.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Return a running Chromium."""
+    with chromium() as running:
+        yield running

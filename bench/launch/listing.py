@@ -162,7 +162,7 @@ def _print_result(result: RunResult, store: ResultStore, where: Surroundings, ou
 
 
 def print_report(root: Path, study: str, only_if_stale: bool = False) -> None:
-    """Make tables and figures of a study again and print the summary and their paths.
+    """Make tables, figures and the page of a study again and print the summary and their paths.
 
     Parameters
     ----------
@@ -182,8 +182,8 @@ def print_report(root: Path, study: str, only_if_stale: bool = False) -> None:
     print_summary(root / study, out)
     for problem in problems:
         say(out, f"warning: {problem}")
-    for path in sorted(paths, key=lambda path: (path.suffix == ".png", path)):
-        if path.suffix in (".png", ".md"):
+    for path in sorted(paths, key=lambda path: (path.suffix == ".html", path.suffix == ".png", path)):
+        if path.suffix in (".png", ".md", ".html"):
             say(out, str(path))
 
 

@@ -11,6 +11,12 @@ from zlib import crc32
 import numpy as np
 import pandas as pd
 
+from analysis.cells import cells
+from analysis.comparisons import comparisons
+from analysis.frames import read_study
+from analysis.page import write_page
+from analysis.predictions import Predictions
+from analysis.tables import write_tables
 from bench.results import (
     Cost,
     CostPair,
@@ -152,6 +158,14 @@ def glue(
         runs.append(make_run("sst2", "pruning", 16.0, 0, backbone=backbone, status="skipped", reason=too_far))
         runs.append(make_run("sst2", "pruning", 16.0, 1, backbone=backbone, status="failed", reason=broken))
     return runs
+
+
+def report(folder: Path) -> None:
+    """Write the tables and the page of a study, without its figures, which take the most time."""
+    study, predictions = read_study(folder), Predictions(folder)
+    table, pairs = cells(study, predictions), comparisons(study, predictions)
+    write_tables(study, table, pairs)
+    write_page(study, table, pairs)
 
 
 def _interval(value: float, n: int) -> Interval:

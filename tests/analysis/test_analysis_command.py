@@ -28,6 +28,7 @@ def test_it_writes_the_named_studies_and_says_what_it_wrote(tmp_path):
     assert "b: 1 done, 1 failed" in result.stdout and "torn.json" in result.stderr
     named = {Path(line) for line in result.stdout.splitlines() if line.startswith(str(tmp_path))}
     written = {path for folder in ("tables", "figures") for path in (tmp_path / "b" / folder).iterdir()}
+    written.add(tmp_path / "b" / "report.html")
     assert named == written and not (tmp_path / "a" / "tables").exists()
     assert "a: 1 done" in invoke(tmp_path).stdout
 
@@ -64,7 +65,7 @@ def test_an_unknown_format_is_refused_before_anything_is_written(tmp_path):
 def test_a_study_of_failures_has_its_failures_written(tmp_path):
     folder = write_runs(tmp_path, [make_run(status="failed", reason="boom")])
     report = regenerate(tmp_path, "glue")
-    assert [path.name for path in report.paths] == ["failures.csv", "failures.md", "runs.csv"]
+    assert [path.name for path in report.paths] == ["failures.csv", "failures.md", "runs.csv", "report.html"]
     assert report.counts == {"failed": 1} and "boom" in (folder / "tables" / "failures.md").read_text()
 
 
@@ -128,6 +129,15 @@ def test_tables_and_figures_are_taken_for_fresh_only_while_every_result_is_older
     for path in made:
         os.utime(path, (newest + 2, newest + 2))
     assert sorted(made_before(folder)) == sorted(made)
+    (folder / "README.md").write_text("It says more now.")
+    os.utime(folder / "README.md", (newest + 3, newest + 3))
+    assert made_before(folder) == [], "the page shows the README"
+    (folder / "README.md").unlink()
+    (folder / "report.html").unlink()
+    assert made_before(folder) == [], "it was stopped before the page"
+    (folder / "report.html").touch()
+    os.utime(folder / "report.html", (newest + 2, newest + 2))
+    assert made_before(folder)
     for path in (folder / "figures").iterdir():
         path.unlink()
     assert made_before(folder) == [], "it was stopped before the figures"

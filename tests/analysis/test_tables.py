@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from analysis.caveats import caveats
 from analysis.cells import cells
+from analysis.comparisons import comparisons
 from analysis.frames import read_study
 from analysis.markup import Bold, latex_escape, latex_table, markdown_table
 from analysis.predictions import Predictions
@@ -26,7 +27,7 @@ def write_all(root, runs):
     folder = write_runs(root, runs, "glue_50%")
     study = read_study(folder)
     table = cells(study, Predictions(folder))
-    paths = write_tables(study, table, Predictions(folder))
+    paths = write_tables(study, table, comparisons(study, Predictions(folder)))
     assert all(path.is_file() for path in paths)
     return folder / "tables", study, table
 
