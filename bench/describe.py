@@ -214,15 +214,15 @@ def arithmetic_table() -> str:
     attention = layer_macs(spec, n, n, 0)
     own = {form: _own_macs(PluginShape(k, form=form)) for form in ("concat", "split")}
     merging = m * k * k * d + n * d
-    rows = [
-        ("attention: 4nd² + 2n²d", *[attention] * 3),
-        ("FFN: 2ndf, with a plugin 2mdf", dense - attention, short - attention, short - attention),
-        ("merging: nkd + nd", 0, merging, merging),
-        ("expanding: 3ndr, split (m + 2n)dr", 0, own["concat"] - merging, own["split"] - merging),
-        ("**sum**", dense, short + own["concat"], short + own["split"]),
-    ]
+    rows: dict[str, tuple[int, int, int]] = {
+        "attention: 4nd² + 2n²d": (attention, attention, attention),
+        "FFN: 2ndf, with a plugin 2mdf": (dense - attention, short - attention, short - attention),
+        "merging: nkd + nd": (0, merging, merging),
+        "expanding: 3ndr, split (m + 2n)dr": (0, own["concat"] - merging, own["split"] - merging),
+        "**sum**": (dense, short + own["concat"], short + own["split"]),
+    }
     shares = [1.0, *((short + own[form]) / dense for form in ("concat", "split"))]
-    lines = [(name, *(f"{macs:,}" for macs in numbers)) for name, *numbers in rows]
+    lines = [(name, *(f"{macs:,}" for macs in numbers)) for name, numbers in rows.items()]
     lines += [("**remaining**", *(f"**{share:.1%}**" for share in shares))]
     lines += [("**saved**", *(f"**{1 - share:.1%}**" for share in shares))]
     return _markdown(("", "dense", "k = 4, released form", "k = 4, split form"), lines, numbers=3)
@@ -240,7 +240,7 @@ def shares_table() -> str:
     rest, whole = decoder(spec, 2, n).decoder, backbone_parameters(spec)
     rows = []
     for k in (2, 4, 8, 16):
-        cells = [f"k = {k}"]
+        cells = [str(k)]
         for form in ("concat", "split"):
             share = remaining(spec, k, {n: 1}, form=form)
             cells += [f"{share:.1%}", f"{1 - share:.1%}"]
@@ -248,7 +248,7 @@ def shares_table() -> str:
         cells += [f"{saved / (encoder(spec, n).encoder + rest):.1%}"]
         cells += [f"{plugin_parameters(spec.d_model, spec.encoder_layers, PluginShape(k)) / whole:.2%}"]
         rows.append(cells)
-    head = ("", "released form: remaining", "saved", "split form: remaining", "saved", "whole model: saved", "plugin")
+    head = ("k", "released form: remaining", "saved", "split form: remaining", "saved", "whole model: saved", "plugin")
     return _markdown(head, rows, numbers=6)
 
 

@@ -8,6 +8,15 @@ from typing import NamedTuple
 
 from bench.registry import methods
 
+BLOCK = """\
+## `{module}`
+
+::: {module}
+    options:
+      show_root_heading: false
+      show_root_toc_entry: false
+"""
+
 
 class Section(NamedTuple):
     """A page of the reference."""
@@ -68,14 +77,16 @@ def sections() -> dict[str, Section]:
             "Runs and results",
             "What a run is, what it leaves, and what a method is given.",
             tuple(
-                f"bench.{name}" for name in ("config", "results", "runner", "context", "artifacts", "registry", "errors")
+                f"bench.{name}"
+                for name in ("config", "results", "runner", "context", "artifacts", "registry", "errors")
             ),
         ),
         "analysis": Section(
             "Analysis",
             "From results to tables and figures. Imports no torch.",
             tuple(
-                f"analysis.{name}" for name in ("report", "frames", "cells", "comparisons", "statistics", "figures", "tables")
+                f"analysis.{name}"
+                for name in ("report", "frames", "cells", "comparisons", "statistics", "figures", "tables")
             ),
         ),
         "testing": Section(
@@ -105,6 +116,6 @@ def pages() -> dict[str, str]:
         )
     }
     for page, section in found.items():
-        blocks = [f"## `{module}`\n\n::: {module}\n    options:\n      show_root_heading: false\n      show_root_toc_entry: false\n" for module in section.modules]
+        blocks = [BLOCK.format(module=module) for module in section.modules]
         made[f"reference/api/{page}.md"] = f"# {section.title}\n\n{section.text}\n\n" + "\n".join(blocks)
     return made

@@ -1,4 +1,4 @@
-"""Pages that are made of the code, the results and the notebook whenever the site is built, so that none can grow stale."""
+"""Pages made of code, results and notebook whenever the site is built, so that none can grow stale."""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ import posixpath
 import re
 from typing import Any
 
+import api
+
 STUDY_PAGE = re.compile(r"studies/([\w-]+)\.md")
 ELSEWHERE = (
     (re.compile(r"results/([\w-]+)/README\.md"), r"docs/studies/\1.md"),
@@ -13,6 +15,13 @@ ELSEWHERE = (
     (re.compile(r"(docs/notebooks/\w+)\.ipynb"), r"\1.md"),
 )
 """File in the repository -> what shows it in the site."""
+MODULES = {"bench/config.py": "docs/reference/config.md", "bench/cli.py": "docs/reference/cli.md"} | {
+    f"{module.replace('.', '/')}.py": f"docs/reference/api/{page}.md"
+    for page, section in api.sections().items()
+    for module in section.modules
+    if module != "bench.config"
+}
+"""Source of a public module -> the page that says what is in it."""
 LINK = re.compile(r"(?P<open>\]\()(?P<path>[^)#\s:]+)(?P<rest>(?:#[^)\s]*)?\))")
 
 
@@ -35,6 +44,7 @@ def in_site(markdown: str, page: str) -> str:
         for pattern, shown in ELSEWHERE:
             if pattern.fullmatch(target):
                 target = pattern.sub(shown, target)
+        target = MODULES.get(target, target)
         if not target.startswith("docs/"):
             return match[0]
         path = posixpath.relpath(target.removeprefix("docs/"), here or ".")

@@ -1,4 +1,4 @@
-"""The notebook as a page, with the outputs that it was stored with; run as a script, it executes and stores them anew."""
+"""The notebook as a page, with its stored outputs; as a script, it executes and stores it anew."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configuration reference: every key, every method's settings, every command, read from the code that defines them."""
+"""Every key, every method's settings and every command, read from the code that defines them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import functools
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
+
+import click
+from pydantic import TypeAdapter
 
 import analysis.__main__
-import click
 from bench import cli
 from bench.config import RECIPES, RunConfig
 from bench.describe import Key, attributes, keys
 from bench.methods.base import Method
 from bench.registry import methods
-from pydantic import TypeAdapter
 
 AS = {
     "task": "as what it says and a digest of its data, not by name",
@@ -38,22 +39,26 @@ def pages() -> dict[str, str]:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table; what a cell holds of its syntax is escaped."""
-    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)]
+    lines = [
+        head,
+        ["---"] * len(head),
+        *([cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def kind(annotation: Any) -> str:
-    """Say in words what values a type takes: ``whole number > 0, or none``."""
+    """Say what values a type takes: ``int > 0 or none``."""
     schema = TypeAdapter(annotation).json_schema()
     options = schema.get("anyOf", [schema])
     said = [_kind(option) for option in options if option.get("type") != "null"]
-    return ", or ".join(said) + (", or none" if len(said) < len(options) else "")
+    return " or ".join([*said, *["none"] * (len(said) < len(options))])
 
 
 def _kind(schema: Mapping[str, Any]) -> str:
     if "enum" in schema:
         return " or ".join(f"`{value}`" for value in schema["enum"])
-    names = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
+    names = {"integer": "int", "number": "float", "string": "text", "boolean": "bool"}
     bounds = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
     limits = [f"{sign} {schema[name]}" for name, sign in bounds.items() if name in schema]
     return " ".join([names.get(schema["type"], schema["type"]), *limits])
@@ -77,20 +82,35 @@ def config_page() -> str:
     text = attributes(RunConfig)
     hints = get_type_hints(RunConfig, include_extras=True)
     rows = [
-        (f"`{name}`", kind(_annotated(hints[name], field)), value(field.default), linked(text[name]), readers(name), identified(name))
+        (
+            f"`{name}`",
+            kind(_annotated(hints[name], field)),
+            value(field.default),
+            linked(text[name]),
+            readers(name),
+            identified(name),
+        )
         for name, field in RunConfig.model_fields.items()
         if name != "options"
     ]
     shared = [key for key in keys() if "run" not in key.defaults]
     own = [(f"`{key.name}`", _defaults(key), linked(key.text), _who(key)) for key in shared]
-    recipes = [(f"`{name}`", ", ".join(f"`{k}={value(v).strip('`')}`" for k, v in sets.items()) or "the defaults above") for name, sets in RECIPES.items()]
-    return f"""# Configuration
+    recipes = [
+        (f"`{name}`", ", ".join(f"`{k}={value(v).strip('`')}`" for k, v in sets.items()) or "the defaults above")
+        for name, sets in RECIPES.items()
+    ]
+    return f"""---
+hide: [toc]
+---
 
-Every key may stand in a sweep file (`train_examples: 8000`) and on the command line (`--train-examples 8000`). Precedence: defaults, recipe, sweep file,
-command line. A key that nothing knows is an error which names the nearest one.
+# Configuration
 
-The last column says whether the value is part of a run's **identity**, the hash that names its result: whatever can change the number is, and nothing else.
-Folders, device, jobs and trackers are not.
+Every key may stand in a sweep file (`train_examples: 8000`) and on the command line (`--train-examples 8000`).
+Precedence: defaults, recipe, sweep file, command line. A key that nothing knows is an error
+which names the nearest one.
+
+The last column says whether the value is part of a run's **identity**, the hash that names its result: whatever can
+change the number is, and nothing else. Folders, device, jobs and trackers are not.
 
 ## Keys of a run
 
@@ -98,8 +118,8 @@ Folders, device, jobs and trackers are not.
 
 ## Options of methods
 
-A sweep over several methods may set an option for all; those that do not know it ignore it. What values each takes is under
-[Settings of each method](methods.md).
+A sweep over several methods may set an option for all; those that do not know it ignore it. What values
+each takes is under [Settings of each method](methods.md).
 
 {table(("key", "default", "meaning", "read by"), own)}
 
@@ -114,18 +134,17 @@ What `released` stands for is in [Variator here](../variator.md).
 
 
 def _annotated(hint: Any, field: Any) -> Any:
-    from typing import Annotated
-
     return functools.reduce(lambda inner, limit: Annotated[inner, limit], field.metadata, hint)
 
 
 def readers(name: str) -> str:
     """Say who reads a field of `RunConfig`."""
-    budget = {cls.name for cls in methods().values() if name in cls.uses}
     if not any(name in cls.uses for cls in methods().values()):
         return "the teacher" if name.startswith("teacher_") else "every run"
-    others = sorted(set(methods()) - budget)
-    return "every method" + (f" but {', '.join(f'`{other}`' for other in others)}" if others else "")
+    never = [f"`{method}`" for method, cls in methods().items() if name not in cls.uses]
+    may = [f"`{method}`" for method, cls in methods().items() if name in cls.uses - cls().reads()]
+    said = "every method" + (f" but {', '.join(never)}" if never else "")
+    return said + (f"; {' and '.join(may)} only with options that train" if may else "")
 
 
 @functools.cache
@@ -149,11 +168,15 @@ def _defaults(key: Key) -> str:
     if len(groups) == 1:
         return next(iter(groups))
     (usual, _), *others = sorted(groups.items(), key=lambda item: -len(item[1]))
-    return "; ".join([usual, *(f"{default} in {', '.join(f'`{name}`' for name in names)}" for default, names in others)])
+    return "; ".join(
+        [usual, *(f"{default} in {', '.join(f'`{name}`' for name in names)}" for default, names in others)]
+    )
 
 
 def _who(key: Key) -> str:
-    return ", ".join(f"[`{name}`](methods.md#{name})" for name in key.defaults) if len(key.defaults) < 4 else key.readers
+    return (
+        ", ".join(f"[`{name}`](methods.md#{name})" for name in key.defaults) if len(key.defaults) < 4 else key.readers
+    )
 
 
 # --- settings of methods ---
@@ -161,20 +184,30 @@ def _who(key: Key) -> str:
 
 def methods_page() -> str:
     """Return the page of every method's settings."""
-    return "\n\n".join(
-        [
-            "# Settings of each method",
-            "What each method does is in the [catalogue](../methods.md); how it does it, in the [API](api/methods.md). `--ratio` sets "
-            "its knob, and `--steps` and `--batch-size` its training where it has one.",
-            *(_method(name, cls) for name, cls in methods().items()),
-        ]
-    ) + "\n"
+    return (
+        "\n\n".join(
+            [
+                "# Settings of each method",
+                "What each method does is in the [catalogue](../methods.md); how it does it, in the "
+                "[API](api/methods.md). `--ratio` sets its knob, and `--steps` and `--batch-size` its training where "
+                "it has one.",
+                *(_method(name, cls) for name, cls in methods().items()),
+            ]
+        )
+        + "\n"
+    )
 
 
 def _method(name: str, cls: type[Method]) -> str:
     text, hints, identity = attributes(cls), get_type_hints(cls, include_extras=True), cls().identity(None)
     rows = [
-        (f"`{field.name}`", kind(hints[field.name]), value(field.default), linked(text.get(field.name, "")), "yes" if field.name in identity else "where it is read")
+        (
+            f"`{field.name}`",
+            kind(hints[field.name]),
+            value(field.default),
+            linked(text.get(field.name, "")),
+            "yes" if field.name in identity else "where it is read",
+        )
         for field in dataclasses.fields(cls)
     ]
     facts = [f"**{cls.summary[0].upper()}{cls.summary[1:]}.**"]
@@ -182,7 +215,11 @@ def _method(name: str, cls: type[Method]) -> str:
     facts += [f"Trains: {cls.trains}."]
     facts += [f"Source: {cls.paper}."] if cls.paper.strip("-") else []
     reads = ", ".join(f"`{key}`" for key in ("ratio", "steps", "batch_size") if key in cls.uses)
-    facts += [f"Version {cls.version}; reads {reads} of the run's budget." if reads else f"Version {cls.version}; reads nothing of the run's budget."]
+    facts += [
+        f"Version {cls.version}; reads {reads} of the run's budget."
+        if reads
+        else f"Version {cls.version}; reads nothing of the run's budget."
+    ]
     own = table(("option", "values", "default", "meaning", "in the identity"), rows) if rows else "It has no options."
     return f"## {name}\n\n{' '.join(facts)}\n\n{own}"
 
@@ -194,8 +231,8 @@ def cli_page() -> str:
     """Return the page of every command with its help."""
     parts = [
         "# Command line",
-        "`bench --help` and `bench COMMAND --help` print what follows. `python -m bench` does the same. Exit codes: 0 all done, 1 a cell failed, 2 a mistake in "
-        "what was asked for, 130 stopped.",
+        "`bench --help` and `bench COMMAND --help` print what follows. So does `python -m bench --help`. "
+        "Exit codes: 0 all done, 1 a cell failed, 2 a mistake in what was asked for, 130 stopped.",
         *(_command(f"bench {name}", command) for name, command in cli.main.commands.items()),
         _command("python -m analysis", analysis.__main__.main),
     ]
@@ -236,7 +273,9 @@ def _help(text: str) -> Iterator[str]:
             lines = paragraph.removeprefix("\b\n")
             yield f"```{'sh' if lines.startswith(('bench ', 'wandb ')) else 'text'}\n{lines}\n```"
         else:
-            yield re.sub(r"\b[A-Z]{3,}\b(?!&)", lambda match: f"`{match[0]}`" if match[0] in _METAVARS else match[0], paragraph)
+            yield re.sub(
+                r"\b[A-Z]{3,}\b(?!&)", lambda match: f"`{match[0]}`" if match[0] in _METAVARS else match[0], paragraph
+            )
 
 
 _METAVARS = {"SWEEP", "STUDY", "PROJECT", "FILE", "OUT"}
