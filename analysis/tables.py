@@ -43,7 +43,7 @@ def write_tables(study: Study, table: pd.DataFrame, predictions: Predictions) ->
     study
         Its runs.
     table
-        Its cells, as :func:`analysis.cells.cells` gives them.
+        Its cells, as `analysis.cells.cells` gives them.
     predictions
         Its per-example scores, for the comparisons between methods.
     """

@@ -16,6 +16,9 @@ import notebook  # noqa: E402
 import reference  # noqa: E402
 import studies  # noqa: E402
 
+MADE: dict[str, str | bytes] = {}
+"""The pages of the build that is running."""
+
 
 def pages() -> dict[str, str | bytes]:
     """Return source path -> content of everything in the site that is not below docs/ in the repository."""
@@ -23,21 +26,23 @@ def pages() -> dict[str, str | bytes]:
 
 
 def on_config(config: Any) -> Any:
-    """Put the generated pages where the navigation names their folder (called by MkDocs)."""
-    config.nav = [_expanded(item, pages()) for item in config.nav]
+    """Make the pages, and put them where the navigation names their folder (called by MkDocs)."""
+    MADE.clear()
+    MADE.update(pages())
+    config.nav = [_expanded(item) for item in config.nav]
     return config
 
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages (called by MkDocs)."""
-    for path, content in pages().items():
+    for path, content in MADE.items():
         files.append(File.generated(config, path, content=content))
     return files
 
 
-def _expanded(item: Any, made: dict[str, str | bytes]) -> Any:
+def _expanded(item: Any) -> Any:
     if isinstance(item, list):
-        return [_expanded(part, made) for part in item]
+        return [_expanded(part) for part in item]
     if isinstance(item, dict):
-        return {title: _expanded(part, made) for title, part in item.items()}
-    return [path for path in made if path.startswith(item) and path.endswith(".md")] if item.endswith("/") else item
+        return {title: _expanded(part) for title, part in item.items()}
+    return [path for path in MADE if path.startswith(item) and path.endswith(".md")] if item.endswith("/") else item

@@ -53,6 +53,11 @@ def in_site(markdown: str, page: str) -> str:
     return LINK.sub(turned, markdown)
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Say ``:`` where a docstring begins a literal block by ``::`` (called by MkDocs)."""
+    return html.replace("::</p>", ":</p>")
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Turn the links of a page (called by MkDocs)."""
     return in_site(markdown, page.file.src_uri)

@@ -35,7 +35,8 @@ def executed(path: Path = NOTEBOOK) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             # warnings name paths of the machine
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-    notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     return notebook
 
 

@@ -26,7 +26,7 @@ def _page(folder: Path, figures: list[Path]) -> str:
     parts = [text]
     if figures:
         parts.append("## Figures")
-        parts += [f"![{_caption(figure.stem)}]({folder.name}/{figure.name})" for figure in figures]
+        parts += [f"![{_caption(figure.stem)}]({folder.name}/{figure.name}){{ loading=lazy }}" for figure in figures]
     summary = folder / "tables" / "summary.md"
     if summary.is_file():
         # one level down, below this page's own title
