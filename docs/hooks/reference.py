@@ -38,13 +38,14 @@ def pages() -> dict[str, str]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; what a cell holds of its syntax is escaped."""
-    lines = [
-        head,
-        ["---"] * len(head),
-        *([cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows),
-    ]
+    """Return a Markdown table; what a cell holds of the syntax, outside of code, is escaped."""
+    lines = [head, ["---"] * len(head), *([_cell(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    parts = re.split(r"(`[^`]*`)", text.replace("\n", " "))
+    return "".join(part if part.startswith("`") else part.replace("|", "\\|").replace("<", "&lt;") for part in parts)
 
 
 def kind(annotation: Any) -> str:
@@ -111,6 +112,7 @@ which names the nearest one.
 
 The last column says whether the value is part of a run's **identity**, the hash that names its result: whatever can
 change the number is, and nothing else. Folders, device, jobs and trackers are not.
+*Where it is read*: in the runs that use it, and in no other.
 
 ## Keys of a run
 
@@ -198,15 +200,29 @@ def methods_page() -> str:
     )
 
 
+def counts(cls: type[Method], field: dataclasses.Field[Any]) -> bool:
+    """Say whether another value of an option, with everything else as it is, is another run."""
+    plain = cls()
+    if field.name in plain.identity(None):
+        return True
+    schema = TypeAdapter(get_type_hints(cls, include_extras=True)[field.name]).json_schema()
+    default = field.default
+    others = [value for value in schema.get("enum", []) if value != default]
+    if not others and isinstance(default, bool | int | float):
+        others = [not default if isinstance(default, bool) else default + 1]
+    changed = [dataclasses.replace(plain, **{field.name: other}) for other in others]  # type: ignore[type-var]
+    return any(other.identity(None) != plain.identity(None) for other in changed)
+
+
 def _method(name: str, cls: type[Method]) -> str:
-    text, hints, identity = attributes(cls), get_type_hints(cls, include_extras=True), cls().identity(None)
+    text, hints = attributes(cls), get_type_hints(cls, include_extras=True)
     rows = [
         (
             f"`{field.name}`",
             kind(hints[field.name]),
             value(field.default),
             linked(text.get(field.name, "")),
-            "yes" if field.name in identity else "where it is read",
+            "yes" if counts(cls, field) else "where it is read",
         )
         for field in dataclasses.fields(cls)
     ]
@@ -246,7 +262,7 @@ def _command(name: str, command: click.Command, level: int = 2) -> str:
         inner = [_command(f"{name} {sub}", part, level + 1) for sub, part in command.commands.items()]
         return "\n\n".join([head, *_help(command.help or ""), *inner])
     usage = " ".join([name, *command.collect_usage_pieces(context)])
-    parts = [head, *_help(command.help or ""), f"```text\n{usage}\n```"]
+    parts = [head, f"```text\n{usage}\n```", *_help(command.help or "")]
     options = [p for p in command.params if isinstance(p, click.Option)]
     every_key = [p for p in options if isinstance(p, cli._Key)]
     rows = [_option(option, context) for option in options if option not in every_key and not option.hidden]

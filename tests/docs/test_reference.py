@@ -102,6 +102,17 @@ def _all_commands(command: click.Command, name: str) -> dict[str, click.Command]
     return {name: command}
 
 
+def test_an_option_is_said_to_be_in_the_identity_if_it_alone_changes_it() -> None:
+    page = reference.methods_page()
+    variator, merging = _rows(page, "variator"), _rows(page, "token_merging")
+    assert {row[3] for row in variator.values()} == {"yes"}
+    assert merging["finetune"][3] == "yes" and merging["lr"][3] == "where it is read"
+
+
+def test_a_cell_of_a_table_is_one_cell() -> None:
+    assert reference.table(("a", "b"), [("x|y <z>", "`p|q <r>`")]).splitlines()[2] == r"| x\|y &lt;z> | `p|q <r>` |"
+
+
 def test_every_command_and_option_is_on_the_page_of_commands() -> None:
     page = reference.cli_page()
     for name, command in _all_commands(bench.cli.main, "bench").items():
@@ -111,7 +122,8 @@ def test_every_command_and_option_is_on_the_page_of_commands() -> None:
         assert [o.opts[0] for o in own if f"`{o.opts[0]}" not in section] == [], name
         assert ("keys of the [configuration]" in section) == (len(own) < len(options))
         for option in own:
-            assert option.help and option.help.partition("  [default")[0] in section
+            assert option.help and option.help.partition("  [default")[0].replace("<", "&lt;") in section
+    assert "`--mode [missing|retry-failed|force|read-only]`" in page, "a bar in code needs no escape here"
     assert "`auto`" in page and "| 240 |" in page.replace("`", "")
 
 
