@@ -1,4 +1,4 @@
-# make quickstart | test | lint | figures | docs | clean; `make help` says what each does.
+# make quickstart | test | lint | figures | docs | site | clean; `make help` says what each does.
 PYTHON ?= python3
 VENV ?= .venv
 
@@ -8,7 +8,7 @@ PINS := pyproject.toml constraints.txt
 # Tests are many small models: one thread each and a few processes are faster than many threads.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help quickstart test lint figures docs clean
+.PHONY: help quickstart test lint figures docs site clean
 .DELETE_ON_ERROR:
 
 help:
@@ -16,7 +16,8 @@ help:
 	@echo "make test         the test suite"
 	@echo "make lint         ruff and mypy"
 	@echo "make figures      every table, figure and page again from results/"
-	@echo "make docs         the tables in docs/methods.md again from the code"
+	@echo "make docs         the tables and the notebook's outputs in docs/ again from the code"
+	@echo "make site         the documentation as pages, in site/"
 	@echo "make clean        remove $(VENV), caches and build outputs; results/ stays"
 	@echo
 	@echo "PYTHON=python3.12 chooses the interpreter that makes $(VENV)."
@@ -35,11 +36,16 @@ lint: $(VENV)/.dev
 figures: $(VENV)/.quickstart
 	$(BIN)/python -m analysis
 
-docs: $(VENV)/.quickstart
-	$(BIN)/python -m bench.describe docs/methods.md
+docs: $(VENV)/.dev
+	$(BIN)/python -m bench.describe docs/methods.md docs/saved.md
+	$(BIN)/python docs/hooks/notebook.py
+
+site: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "site/index.html opens in any browser"
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.made:
@@ -57,5 +63,5 @@ $(VENV)/.quickstart: $(VENV)/.made $(PINS)
 
 $(VENV)/.dev: $(VENV)/.made $(PINS)
 	@echo "installing pinned packages into $(VENV); the first time takes minutes"
-	@$(PIP) install --constraint constraints.txt --editable '.[quickstart,dev]'
+	@$(PIP) install --constraint constraints.txt --editable '.[quickstart,dev,docs]'
 	@touch $@ $(VENV)/.quickstart

@@ -20,7 +20,7 @@ def caveats(study: Study, table: pd.DataFrame) -> list[str]:
     study
         Its runs.
     table
-        Its cells, as :func:`analysis.cells.cells` gives them.
+        Its cells, as `analysis.cells.cells` gives them.
     """
     done = study.done
     lines = [*_subsampling(done), _dev_sizes(done), _seeds(table), _hardware(done), _commits(done)]
@@ -82,7 +82,7 @@ def off_target(table: pd.DataFrame) -> pd.Series:
 
 
 def off_target_note(table: pd.DataFrame) -> str:
-    """Explain the mark of :func:`off_target`, where some cell carries it."""
+    """Explain the mark of `off_target`, where some cell carries it."""
     if not off_target(table).any():
         return ""
     points = f"{100 * words.OFF_TARGET:g}"

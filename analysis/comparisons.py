@@ -69,7 +69,7 @@ def comparisons(study: Study, predictions: Predictions) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        ``a``, ``b``, ``seeds``, ``examples``, the fields of :class:`PairedTest`, and ``p_holm``, adjusted for all
+        ``a``, ``b``, ``seeds``, ``examples``, the fields of `PairedTest`, and ``p_holm``, adjusted for all
         pairs of the same backbone, task and ratio. A pair without common predictions has no row.
     """
     columns = ["backbone", "task", "ratio", "a", "b", "metric", "seeds", "examples", *PairedTest._fields]

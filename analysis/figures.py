@@ -43,7 +43,7 @@ def write_figures(study: Study, table: pd.DataFrame, formats: Sequence[str] = FO
     study
         Its runs.
     table
-        Its cells, as :func:`analysis.cells.cells` gives them.
+        Its cells, as `analysis.cells.cells` gives them.
     formats
         Some of ``"png"``, ``"svg"`` and ``"pdf"``.
     """
@@ -152,7 +152,7 @@ def draw(axes: Axes, rows: pd.DataFrame, styles: dict[str, Look], small: bool = 
     axes
         Where to draw.
     rows
-        Cells with their positions, see :func:`_positions`.
+        Cells with their positions, see `_positions`.
     styles
         Look of every series.
     small

@@ -54,7 +54,7 @@ class Study:
     folder
         ``results/<study>``.
     frame
-        One row a run that could be read; empty where there is none. See :func:`read_study` for the columns.
+        One row a run that could be read; empty where there is none. See `read_study` for the columns.
     problems
         One line for each file that is no result of this suite, naming it.
     results

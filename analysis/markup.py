@@ -55,7 +55,7 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]], text_c
     Parameters
     ----------
     headers, rows
-        Plain text; :class:`Bold` cells are set in bold.
+        Plain text; `Bold` cells are set in bold.
     text_columns
         How many leading columns are words, set left; the rest are numbers, set right.
     """

@@ -41,9 +41,9 @@ def write_tables(study: Study, table: pd.DataFrame, pairs: pd.DataFrame) -> list
     study
         Its runs.
     table
-        Its cells, as :func:`analysis.cells.cells` gives them.
+        Its cells, as `analysis.cells.cells` gives them.
     pairs
-        Comparisons between its methods, as :func:`analysis.comparisons.comparisons` gives them.
+        Comparisons between its methods, as `analysis.comparisons.comparisons` gives them.
     """
     files = {"runs.csv": _csv(study.frame), "failures.csv": _csv(failures(study.frame))}
     files["failures.md"] = _failures_markdown(study)

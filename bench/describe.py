@@ -11,6 +11,15 @@ from pathlib import Path
 
 from bench.backbones.catalogue import spec_of
 from bench.config import RunConfig
+from bench.measure.closed_form import (
+    PluginShape,
+    backbone_parameters,
+    decoder,
+    encoder,
+    layer_macs,
+    plugin_parameters,
+    remaining,
+)
 from bench.methods.base import Method
 from bench.registry import methods
 from bench.tasks.catalogue import TASKS
@@ -193,18 +202,75 @@ def settings_table() -> str:
     return _markdown(head, rows)
 
 
+_CLAIMED, _TOKENS = "t5-base", 128
+"""The backbone that the paper's "53 %" is about, and the tokens that it is reckoned with here."""
+
+
+def arithmetic_table() -> str:
+    """Return a Markdown table of what one encoder layer of T5-base multiplies, dense and with a plugin at k = 4."""
+    spec, n, k = spec_of(_CLAIMED), _TOKENS, 4
+    d, m = spec.d_model, n // k
+    dense, short = layer_macs(spec, n, n, n), layer_macs(spec, n, n, m)
+    attention = layer_macs(spec, n, n, 0)
+    own = {form: _own_macs(PluginShape(k, form=form)) for form in ("concat", "split")}
+    merging = m * k * k * d + n * d
+    rows: dict[str, tuple[int, int, int]] = {
+        "attention: 4nd² + 2n²d": (attention, attention, attention),
+        "FFN: 2ndf, with a plugin 2mdf": (dense - attention, short - attention, short - attention),
+        "merging: nkd + nd": (0, merging, merging),
+        "expanding: 3ndr, split (m + 2n)dr": (0, own["concat"] - merging, own["split"] - merging),
+        "**sum**": (dense, short + own["concat"], short + own["split"]),
+    }
+    shares = [1.0, *((short + own[form]) / dense for form in ("concat", "split"))]
+    lines = [(name, *(f"{macs:,}" for macs in numbers)) for name, numbers in rows.items()]
+    lines += [("**remaining**", *(f"**{share:.1%}**" for share in shares))]
+    lines += [("**saved**", *(f"**{1 - share:.1%}**" for share in shares))]
+    return _markdown(("", "dense", "k = 4, released form", "k = 4, split form"), lines, numbers=3)
+
+
+def _own_macs(plugin: PluginShape) -> int:
+    """Return what a plugin multiplies in one encoder layer of T5-base."""
+    spec = spec_of(_CLAIMED)
+    return encoder(spec, _TOKENS, plugin=plugin).overhead // (2 * spec.encoder_layers)
+
+
+def shares_table() -> str:
+    """Return a Markdown table of what remains of T5-base, and is saved, with a plugin at each k."""
+    spec, n = spec_of(_CLAIMED), _TOKENS
+    rest, whole = decoder(spec, 2, n).decoder, backbone_parameters(spec)
+    rows = []
+    for k in (2, 4, 8, 16):
+        cells = [str(k)]
+        for form in ("concat", "split"):
+            share = remaining(spec, k, {n: 1}, form=form)
+            cells += [f"{share:.1%}", f"{1 - share:.1%}"]
+        saved = encoder(spec, n).encoder - encoder(spec, n, plugin=PluginShape(k)).encoder
+        cells += [f"{saved / (encoder(spec, n).encoder + rest):.1%}"]
+        cells += [f"{plugin_parameters(spec.d_model, spec.encoder_layers, PluginShape(k)) / whole:.2%}"]
+        rows.append(cells)
+    head = ("k", "released form: remaining", "saved", "split form: remaining", "saved", "whole model: saved", "plugin")
+    return _markdown(head, rows, numbers=6)
+
+
 def fill(text: str) -> str:
     """Return a document with each table between its markers, ``<!-- methods -->`` and the like, made anew."""
-    for name, table in (("methods", methods_table()), ("settings", settings_table())):
+    tables = {
+        "methods": methods_table,
+        "settings": settings_table,
+        "arithmetic": arithmetic_table,
+        "shares": shares_table,
+    }
+    for name, table in tables.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, marker, rest = text.partition(begin)
         if marker:
-            text = f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}"
+            text = f"{before}{begin}\n\n{table()}\n\n{end}{rest.partition(end)[2]}"
     return text
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 0) -> str:
+    """Return a Markdown table whose last columns, as many as ``numbers``, are aligned to the right."""
+    lines = [head, [*["---"] * (len(head) - numbers), *["---:"] * numbers], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

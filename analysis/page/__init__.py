@@ -37,9 +37,9 @@ def write_page(study: Study, table: pd.DataFrame, pairs: pd.DataFrame) -> Path:
     study
         Its runs.
     table
-        Its cells, as :func:`analysis.cells.cells` gives them.
+        Its cells, as `analysis.cells.cells` gives them.
     pairs
-        Comparisons between its methods, as :func:`analysis.comparisons.comparisons` gives them.
+        Comparisons between its methods, as `analysis.comparisons.comparisons` gives them.
     """
     path = study.folder / PAGE
     write_atomic(path, _render(study, table, pairs).encode())

@@ -65,7 +65,7 @@ def table_rows(table: pd.DataFrame, cells: list[dict[str, Any]], shown: list[Col
     cells
         What the page holds of them, in the same order.
     shown
-        The columns, as :func:`columns` gives them.
+        The columns, as `columns` gives them.
     """
     if table.empty:
         return []

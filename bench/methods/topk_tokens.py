@@ -36,6 +36,8 @@ CLOSE = 0.01
 def kept(share: Any, layers: int, n: Any) -> list[Any]:
     """Return how many of ``n`` vectors there are at the start and behind each layer; numbers, or arrays of them.
 
+    Examples
+    --------
     >>> [int(count) for count in kept(0.8, 6, 20)]
     [20, 16, 13, 11, 9, 7, 6]
     """

@@ -136,10 +136,53 @@ def test_the_catalogue_says_where_a_method_does_not_run() -> None:
 
 
 def test_the_tables_of_the_documents_are_those_of_the_code() -> None:
-    path = Path(__file__).parents[2] / "docs" / "methods.md"
-    assert fill(path.read_text()) == path.read_text(), "run `make docs`"
+    docs = Path(__file__).parents[2] / "docs"
+    filled = [path for path in docs.glob("*.md") if "<!-- /" in path.read_text()]
+    assert {path.name for path in filled} == {"methods.md", "saved.md"}
+    for path in filled:
+        assert fill(path.read_text()) == path.read_text(), "run `make docs`"
+    path = docs / "methods.md"
     for name in methods():
         assert path.read_text().count(f"| `{name}` |") == 2
+
+
+def _numbers(table: str) -> dict[str, list[str]]:
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    return {row[0].split(":")[0].strip("*"): [cell.strip("*") for cell in row[1:]] for row in rows}
+
+
+def test_the_sum_of_the_claim_is_reckoned_by_hand() -> None:
+    """T5-base, 128 tokens, k = 4, from the formulas of the paper's release and not from this library."""
+    n, d, f, r, k = 128, 768, 3072, 64, 4
+    attention, ffn = 4 * n * d * d + 2 * n * n * d, 2 * n * d * f
+    merging, concat, split = n * k * d + n * d, 3 * n * d * r, (n // k + 2 * n) * d * r
+    dense = attention + ffn
+    released, ours = (attention + ffn // k + merging + adapter for adapter in (concat, split))
+    found = _numbers(describe.arithmetic_table())
+    columns = zip(
+        (attention, ffn, 0, 0, dense),
+        (attention, ffn // k, merging, concat, released),
+        (attention, ffn // k, merging, split, ours),
+        strict=True,
+    )
+    for row, numbers in zip(("attention", "FFN", "merging", "expanding", "sum"), columns, strict=True):
+        assert found[row] == [f"{number:,}" for number in numbers]
+    assert found["remaining"] == ["100.0%", "53.4%", "52.9%"] and found["saved"] == ["0.0%", "46.6%", "47.1%"]
+    assert [f"{share / dense:.1%}" for share in (dense, released, ours)] == found["remaining"]
+
+
+def test_what_remains_at_every_k_is_the_known_arithmetic() -> None:
+    found = _numbers(describe.shares_table())
+    assert {k: row[:2] for k, row in found.items()} == {
+        "2": ["69.6%", "30.4%"],
+        "4": ["53.4%", "46.6%"],
+        "8": ["45.4%", "54.6%"],
+        "16": ["41.4%", "58.6%"],
+    }
+    assert [row[-1] for row in found.values()][:3] == ["0.81%", "0.86%", "1.06%"]
+    spec = describe.spec_of("t5-base")
+    least = min(describe.remaining(spec, k, {128: 1}, form=form) for k in range(2, 129) for form in ("concat", "split"))
+    assert 0.38 < least < 0.39, "docs/saved.md says that no k saves more than 62 %"
 
 
 def test_a_table_goes_between_its_markers_and_nowhere_else() -> None:
