@@ -1,0 +1,1 @@
+"""One resident model that serves many speeds: loads, policies, the server itself and its simulation."""
