@@ -315,6 +315,98 @@ _sweep = click.argument("sweep")(
 main.add_command(_with_keys(_sweep))
 
 
+def _serve_sim(
+    keys: dict[str, str],
+    sweep: str,
+    study: str,
+    results: Path,
+    load: tuple[str, ...],
+    policy: tuple[str, ...],
+    replicas: tuple[str, ...],
+    load_seeds: int,
+    seconds: float,
+    max_batch: int,
+    deadline: float | None,
+    real: bool,
+    **where: Any,
+) -> None:
+    """Serve loads, while policies choose k batch by batch.
+
+    They are served in real time and simulated. SWEEP is a file or a shipped name; its cells of one task, backbone and
+    seed make an engine for each method, whose ratios are the k to choose from. A key replaces the file's values. What
+    is finished is kept.
+
+    \b
+    bench serve-sim sweeps/pilot.yaml --task sst2 --method variator,pruning
+    bench serve-sim quickstart --load poisson:0.9 --load replay:arrivals.txt --policy deadline:margin=0.1
+    bench serve-sim quickstart --simulated --replicas 4 --replicas 100x100
+    """  # noqa: D301
+    from bench.launch.serving import read_setup, serve_and_print
+    from bench.launch.sweep import find_sweep, read_sweep
+
+    setup = read_setup(
+        load,
+        policy,
+        replicas,
+        load_seeds=range(load_seeds),
+        seconds=seconds,
+        max_batch=max_batch,
+        deadline=deadline,
+        real=real,
+    )
+    configs = read_sweep(find_sweep(sweep), keys, where["data_root"]).configs
+    serve_and_print(configs, results, study, _surroundings(**where), setup, statics=not policy)
+
+
+for _option in (
+    click.option("--simulated", "real", flag_value=False, default=True, type=bool, help="Leave real time out."),
+    click.option(
+        "--deadline",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Seconds from arrival to answer.  [default: twice the dense model's longest full batch]",
+    ),
+    click.option("--max-batch", type=click.IntRange(min=1), default=16, show_default=True, help="Requests of a batch."),
+    click.option(
+        "--seconds",
+        type=click.FloatRange(min=0, min_open=True),
+        default=60.0,
+        show_default=True,
+        help="How long requests arrive.",
+    ),
+    click.option(
+        "--load-seeds",
+        type=click.IntRange(min=1),
+        default=3,
+        show_default=True,
+        help="Draws of the arrivals; the first is served in real time too.",
+    ),
+    click.option(
+        "--replicas",
+        multiple=True,
+        metavar="N[xTIMES]",
+        help="Simulate N models that share the queue, with TIMES the load; repeat it.  [default: 1x1]",
+    ),
+    click.option(
+        "--policy",
+        multiple=True,
+        metavar="NAME[:FIELD=VALUE,...]",
+        help="static:K, queue, deadline or another package's; repeat it.  [default: every static one, queue, deadline]",
+    ),
+    click.option(
+        "--load",
+        multiple=True,
+        metavar="NAME[:FIELD=VALUE,...]",
+        help="poisson, bursty, day, rates being shares of what the dense model can serve, or replay:FILE; repeat it.  "
+        "[default: poisson:0.5, poisson:1.1, bursty, day]",
+    ),
+    click.option("--study", default="serving", show_default=True, help="Study that the results go to."),
+    _where,
+):
+    _serve_sim = _option(_serve_sim)
+_serve_sim.__name__ = "serve-sim"
+main.add_command(_with_keys(click.argument("sweep")(_serve_sim)))
+
+
 @main.command(context_settings=CONTEXT)
 @click.argument("study", required=False)
 @_results
@@ -386,9 +478,9 @@ def hub_pull(repo: str, revision: str | None, study: str | None, out: Path | Non
 @click.argument("study")
 @_results
 def report(study: str, results: Path) -> None:
-    """Make the tables and figures of STUDY, and one page to read it: report.html.
+    """Make the tables, the figures and the page of STUDY.
 
-    The page opens from disk in any browser and loads nothing.
+    The page, report.html, opens from disk in any browser and loads nothing.
     """
     from bench.launch.listing import print_report
 

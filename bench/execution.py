@@ -48,15 +48,15 @@ def execute(cell: Cell, store: ResultStore, where: Surroundings, progress: Progr
     from bench.tasks.evaluation import EVALUATION_BATCH_SIZE, evaluate
     from bench.training.teacher import teacher_evaluation
 
-    device = torch.device(_device(where.device))
+    device = torch.device(device_of(where.device))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     team = current()
     result.provenance.device = f"{team.size} processes on {name}" if team else name
     result.provenance.threads = torch.get_num_threads()
     with deterministic(cell.config.seed):
         with _others(team, cell, store, where, result):
-            ctx, data = _prepared(cell, where, progress, device, result)
-            teacher, model = _compressed(ctx, data)
+            ctx, data = prepare(cell, where, progress, device, result)
+            teacher, model = compress(ctx, data)
         # what is evaluated and measured now, this process does alone
         ctx.cache = ArtifactCache(where.artifacts)
         if ctx.place:
@@ -65,7 +65,7 @@ def execute(cell: Cell, store: ResultStore, where: Surroundings, progress: Progr
             del teacher, model
             ctx = dataclasses.replace(ctx, place=None, stages=[], notes=[])
             result.notes = ctx.notes
-            teacher, model = _compressed(ctx, data)
+            teacher, model = compress(ctx, data)
         model.eval()
         splits = {"selection": data.selection, "dev": data.dev}
         for split in ("selection", "dev"):
@@ -96,7 +96,7 @@ def execute(cell: Cell, store: ResultStore, where: Surroundings, progress: Progr
     check_budget(result.cost, ctx)
 
 
-def _prepared(
+def prepare(
     cell: Cell, where: Surroundings, progress: Progress, device: torch.device, result: RunResult | None = None
 ) -> tuple[RunContext, TaskData]:
     """Load and encode the data, and note in the result what they are."""
@@ -148,7 +148,7 @@ def _prepared(
     return ctx, data
 
 
-def _compressed(ctx: RunContext, data: TaskData) -> tuple[Teacher, TaskModel]:
+def compress(ctx: RunContext, data: TaskData) -> tuple[Teacher, TaskModel]:
     """Return the teacher and the model that the method makes of it; what is trained, all processes of a team train."""
     from bench.training.teacher import get_teacher
 
@@ -170,8 +170,8 @@ def rebuild(cell: Cell, where: Surroundings) -> tuple[RunContext, Teacher, TaskM
     """
     import torch
 
-    ctx, data = _prepared(cell, where, Silent(), torch.device(_device(where.device)))
-    teacher, model = _compressed(ctx, data)
+    ctx, data = prepare(cell, where, Silent(), torch.device(device_of(where.device)))
+    teacher, model = compress(ctx, data)
     return ctx, teacher, model.eval()
 
 
@@ -210,13 +210,20 @@ def follow(team: Team) -> None:
         if cell.run_id != said["run_id"]:
             raise MachineError("the processes of this run see different data, weights or code")
         with deterministic(cell.config.seed):
-            ctx, data = _prepared(cell, where, Silent(), team.ranks.device)
-            _compressed(ctx, data)
+            ctx, data = prepare(cell, where, Silent(), team.ranks.device)
+            compress(ctx, data)
 
     team.follow(run_along)
 
 
-def _device(wanted: str) -> str:
+def device_of(wanted: str) -> str:
+    """Return the device that ``auto``, ``cpu`` or ``cuda`` means here.
+
+    Raises
+    ------
+    MachineError
+        If there is no such device.
+    """
     import torch
 
     if team := current():

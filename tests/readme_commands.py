@@ -15,7 +15,6 @@ import analysis.__main__
 import bench.cli
 
 ROOT = Path(__file__).parents[1]
-COMING = ("serve-sim",)  # CHECK
 SHELL = {"cd", "cp", "echo", "export", "git", "ls", "mkdir", "sbatch", "source"}
 GENERATED = ("results", ".venv")
 
@@ -45,7 +44,7 @@ def problem(command: str) -> str | None:
     if program == "make":
         return _make(arguments)
     if program == "bench":
-        return None if arguments[:1] and arguments[0] in COMING else _click(bench.cli.main, arguments)
+        return _click(bench.cli.main, arguments)
     if re.fullmatch(r"python3?(\.\d+)?", program):
         return _python(arguments)
     if program == "pip":

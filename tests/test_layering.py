@@ -48,14 +48,18 @@ ARROWS = {
     "execution": f"{_CONTRACTS} {_PARTS} cell artifacts context training costing team determinism",
     "runner": f"{_CONTRACTS} cell provenance execution",
     "tracking": f"{_CONTRACTS} cell artifacts incoming runner",
-    "serving": f"{_CONTRACTS} {_PARTS} plugins cell artifacts context training execution provenance storage",
+    "serving.records": "errors results",
+    "serving": (
+        f"{_CONTRACTS} {_PARTS} plugins cell artifacts context training execution provenance storage entry_points "
+        "serving.records"
+    ),
     "describe": f"{_CONTRACTS} {_PARTS}",
     "testing": f"{_CONTRACTS} {_PARTS} artifacts context training costing cell runner describe",
-    "analysis": "errors results storage",
+    "analysis": "errors results storage serving.records",
     "verify": f"{_CONTRACTS} {_PARTS} cell provenance runner analysis",
     "launch": (
         f"{_CONTRACTS} {_PARTS} plugins cell artifacts runner tracking describe analysis storage incoming serving hub "
-        "verify"
+        "verify serving.records"
     ),
     "cli": "version errors results config cell runner tracking describe launch",
     "__main__": "team execution cli",

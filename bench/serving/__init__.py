@@ -1,1 +1,1 @@
-"""One frozen backbone in memory that serves."""
+"""One frozen backbone in memory that serves: many tasks, and many speeds as the load changes."""

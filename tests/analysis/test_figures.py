@@ -205,12 +205,16 @@ def test_another_process_writes_the_same_bytes(tmp_path):
     runs = [make_run(), make_run(ratio=8.0), make_run(method="pruning"), make_run(method="dense", ratio=None)]
     folder = write_runs(tmp_path, runs)
     ours = {path: path.read_bytes() for path in regenerate(tmp_path, "glue").paths}
-    assert {path.suffix for path in ours} == {".png", ".svg", ".pdf", ".csv", ".md", ".tex"}
+    assert {path.suffix for path in ours} == {".png", ".svg", ".pdf", ".csv", ".md", ".tex", ".html"}
     for path in ours:
         path.unlink()
     command = [sys.executable, "-m", "analysis", "--results", str(tmp_path), "glue"]
     subprocess.run(command, check=True, cwd=Path(__file__).resolve().parents[2], capture_output=True)
-    theirs = {path: path.read_bytes() for part in ("tables", "figures") for path in (folder / part).iterdir()}
+    theirs = {
+        path: path.read_bytes()
+        for path in [*folder.glob("*/*.*"), folder / "report.html"]
+        if path.parent.name not in ("runs", "predictions")
+    }
     assert theirs == ours
 
 

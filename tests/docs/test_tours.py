@@ -17,12 +17,15 @@ import torch
 from bench.plugins.plugin import Plugin
 from bench.testing.checkpoints import tiny_model
 from tests.documents import ROOT, python_blocks
-from tests.readme_commands import COMING, commands
+from tests.readme_commands import commands
 
 TOURS = sorted((ROOT / "docs" / "tours").glob("*.md"))
 RUN_ELSEWHERE = {
     "bench convert FILE.pkl OUT": "tests/bench/plugins/test_convert.py",
     "bench report pilot": "tests/analysis/test_analysis_command.py",
+    "bench serve-sim sweeps/pilot.yaml --task sst2 --method variator --data-root DATA": (
+        "tests/bench/serving/test_serve_sim.py"
+    ),
     "bench storage storage --data-root DATA": "tests/bench/serving/test_storage.py",
     "bench verify results/pilot --run 25b4c6f8 --data-root DATA": "tests/bench/verify/test_again.py",
     "bench verify results/pilot --sample 3 --data-root DATA": "tests/bench/verify/test_again.py",
@@ -57,8 +60,6 @@ def test_every_command_of_a_tour_works(page: Path, checkout: Path) -> None:
             continue
         program, *arguments = shlex.split(command)
         assert program == "bench", f"{command} is not the README's, and this test runs `bench` alone"
-        if arguments[0] in COMING:
-            continue
         done = subprocess.run(
             [sys.executable, "-m", "tests.quick_bench", *arguments],
             cwd=checkout, env=environment, capture_output=True, text=True,

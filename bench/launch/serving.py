@@ -1,0 +1,200 @@
+"""``bench serve-sim``: serve loads with the models of a sweep, and print what came of it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bench.cell import Cell, Surroundings
+from bench.config import RunConfig
+from bench.errors import ConfigError
+from bench.launch.display import console, say
+from bench.progress import Silent
+from bench.serving.experiment import Experiment, Pending, Setup, all_statics
+from bench.serving.loads import LOADS, Load
+from bench.serving.policies import Policy, policies
+from bench.serving.records import ServingCell, ServingStore
+from bench.serving.words import read
+
+DEFAULT_LOADS = ("poisson:0.5", "poisson:1.1", "bursty", "day")
+DEFAULT_POLICIES = ("queue", "deadline")
+
+
+def read_load(text: str) -> Load:
+    """Build the load that ``text`` names."""
+    return read(text, "load", LOADS)
+
+
+def read_policy(text: str) -> Policy:
+    """Build the policy that ``text`` names."""
+    return read(text, "policy", policies())
+
+
+def read_scale(text: str) -> tuple[int, float]:
+    """Read a number of replicas and, behind ``x``, by how much the load is multiplied.
+
+    Raises
+    ------
+    ConfigError
+        If it is something else.
+    """
+    count, _, times = text.partition("x")
+    try:
+        found = int(count), float(times or 1)
+    except ValueError:
+        found = 0, 0.0
+    if found[0] < 1 or not 0 < found[1] < math.inf:
+        raise ConfigError(f"--replicas {text}: a whole number, or it and how many times the load, such as 100x100")
+    return found
+
+
+def read_setup(loads: Sequence[str], policies: Sequence[str], replicas: Sequence[str], **more: Any) -> Setup:
+    """Read what the command line names; what it leaves out are the defaults.
+
+    Parameters
+    ----------
+    loads, policies, replicas
+        As `read_load`, `read_policy` and `read_scale` take them.
+    **more
+        The other fields of the setup.
+    """
+    scales = [read_scale(text) for text in replicas or ("1",)]
+    return Setup(
+        loads=[read_load(text) for text in loads or DEFAULT_LOADS],
+        policies=[read_policy(text) for text in policies or DEFAULT_POLICIES],
+        replicas=[count for count, _ in scales],
+        times=[times for _, times in scales],
+        **more,
+    )
+
+
+def serve_and_print(
+    configs: Sequence[RunConfig],
+    root: Path,
+    study: str,
+    where: Surroundings,
+    setup: Setup,
+    statics: bool,
+) -> None:
+    """Serve what is not finished of a study and print all of it.
+
+    Parameters
+    ----------
+    configs
+        Cells of one task, backbone and seed; those of one method make an engine.
+    root, study
+        The results folder, and the study in it.
+    where, setup
+        The machine; loads and policies.
+    statics
+        Whether a static policy for every k of the engines is added.
+
+    Raises
+    ------
+    ConfigError
+        If the cells are not of one teacher.
+    """
+    from bench.serving.engine import load_engine
+
+    errors = console(stderr=True)
+    groups = engines_of([Cell.resolve(config, where) for config in configs])
+    engines = []
+    for method, cells in groups.items():
+        say(errors, f"loading {method} at k = {', '.join(f'{cell.config.ratio:g}' for cell in cells)}")
+        engines.append(load_engine(cells, where, Silent()))
+    if statics:
+        setup = Setup(**{**vars(setup), "policies": all_statics(setup.policies, engines)})
+    store = ServingStore(root / study)
+    experiment = Experiment(engines, setup, store, sys.argv, lambda text: say(errors, text))
+    pending = list(experiment.cells())
+    said = experiment.study
+    say(
+        errors,
+        f"the dense model serves {said.capacity:.1f} requests a second; a request has {said.deadline_seconds:g} s; "
+        f"{len(pending)} cells to serve",
+    )
+    if pending:
+        _serve(experiment, pending, errors)
+    print_served(store)
+
+
+def engines_of(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """Group cells by method, by ascending ratio; the dense one belongs to every engine and makes none.
+
+    Raises
+    ------
+    ConfigError
+        If they differ in more than method and ratio, or a method comes twice at one ratio.
+    """
+    common = {(cell.config.task, cell.config.backbone, cell.config.seed) for cell in cells}
+    if len(common) > 1:
+        names = [
+            f"--{name}"
+            for name, values in zip(("task", "backbone", "seed"), zip(*common, strict=True), strict=True)
+            if len(set(values)) > 1
+        ]
+        raise ConfigError(f"a server has one task, backbone and seed; choose by {', '.join(names)}")
+    groups: dict[str, dict[float, Cell]] = {}
+    for cell in cells:
+        ratio = cell.config.ratio
+        if cell.config.method == "dense" or cell.skip_reason():
+            continue
+        if ratio is None or ratio != int(ratio) or ratio < 2:
+            raise ConfigError(f"{cell.config.label}: a server chooses among whole ratios of at least 2")
+        if ratio in groups.setdefault(cell.config.method, {}):
+            raise ConfigError(
+                f"{cell.config.label}: there are two of it with different options; choose one by its keys"
+            )
+        groups[cell.config.method][ratio] = cell
+    if not groups:
+        raise ConfigError("there is nothing to choose from: no cell has a method with a ratio")
+    return {method: [found[ratio] for ratio in sorted(found)] for method, found in groups.items()}
+
+
+def _serve(experiment: Experiment, pending: Sequence[Pending], errors: object) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, transient=True) as bars:  # type: ignore[arg-type]
+        for number, cell in enumerate(pending, 1):
+            bar = bars.add_task(f"{number}/{len(pending)}  {cell.label}", total=experiment.count(cell))
+            experiment.run(cell, lambda answered, bar=bar: bars.advance(bar, answered))  # type: ignore[misc]
+            bars.remove_task(bar)
+
+
+def print_served(store: ServingStore) -> None:
+    """Print a table of every load, engine by engine; cells that differ in the load's seed alone are averaged."""
+    out = console()
+    groups: dict[tuple[str, str, int, float], dict[tuple[str, str], list[ServingCell]]] = {}
+    for cell in store:
+        key = (cell.load, cell.mode, cell.replicas, cell.times)
+        groups.setdefault(key, {}).setdefault((cell.engine, cell.policy), []).append(cell)
+    for (load, mode, replicas, times), rows in sorted(groups.items()):
+        scale = f", {replicas} replicas, load × {times:g}" if replicas > 1 or times != 1 else ""
+        table = Table(title=f"{load} · {mode}{scale}", title_justify="left")
+        for name in ("engine", "policy"):
+            table.add_column(name)
+        for name in ("accuracy", "in time", "right in time", "p50 ms", "p95 ms", "p99 ms", "answers/s", "at k"):
+            table.add_column(name, justify="right")
+        for (engine, policy), cells in sorted(rows.items()):
+            table.add_row(engine, policy, *_numbers(cells))
+        out.print(table)
+    say(out, str(store.folder))
+
+
+def _numbers(cells: Sequence[ServingCell]) -> list[str]:
+    def mean(name: str) -> float:
+        return float(sum(getattr(cell.summary, name) for cell in cells)) / len(cells)
+
+    ks = sorted({k for cell in cells for k in cell.summary.share_at_k})
+    shares = {k: sum(cell.summary.share_at_k.get(k, 0.0) for cell in cells) / len(cells) for k in ks}
+    return [
+        *(f"{mean(name):.1%}" for name in ("accuracy", "in_time", "right_in_time")),
+        *(f"{1e3 * mean(name):.0f}" for name in ("p50_seconds", "p95_seconds", "p99_seconds")),
+        f"{mean('throughput'):.1f}",
+        " ".join(f"{k}:{share:.0%}" for k, share in shares.items()),
+    ]

@@ -1,0 +1,294 @@
+"""What serving leaves: the answers of one load under one policy, their summary, and the files of a study. No torch."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bench.errors import DamagedResult
+from bench.results import Provenance, write_atomic
+
+SCHEMA_VERSION = 1
+Mode = Literal["real", "simulated"]
+QUANTILES = (0.5, 0.95, 0.99)
+
+
+@dataclass(frozen=True)
+class Served:
+    """Every request of one load, in the order of arrival.
+
+    Attributes
+    ----------
+    example
+        Which dev example it asked for, (requests,).
+    arrived, started, finished
+        Seconds since the load began: arrival, start of its batch, answer, (requests,).
+    k
+        What its batch was run at, (requests,).
+    score
+        1 where the answer was right, else 0; token F1 of an answer to a question, (requests,).
+    """
+
+    example: NDArray[np.int32]
+    arrived: NDArray[np.float64]
+    started: NDArray[np.float64]
+    finished: NDArray[np.float64]
+    k: NDArray[np.int16]
+    score: NDArray[np.float32]
+
+    @property
+    def latency(self) -> NDArray[np.float64]:
+        """Seconds from arrival to answer."""
+        return self.finished - self.arrived
+
+    def summary(self, deadline: float) -> Summary:
+        """Sum up against a deadline in seconds."""
+        latency = self.latency
+        in_time = latency <= deadline
+        ks, counts = np.unique(self.k, return_counts=True)
+        p50, p95, p99 = np.quantile(latency, QUANTILES)
+        return Summary(
+            requests=len(latency),
+            accuracy=float(self.score.mean(dtype=np.float64)),
+            in_time=float(in_time.mean()),
+            right_in_time=float((self.score * in_time).mean(dtype=np.float64)),
+            p50_seconds=float(p50),
+            p95_seconds=float(p95),
+            p99_seconds=float(p99),
+            throughput=len(latency) / float(self.finished.max() - self.arrived.min()),
+            share_at_k={int(k): int(n) / len(latency) for k, n in zip(ks, counts, strict=True)},
+        )
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Summary(_Model):
+    """What came of one load.
+
+    Attributes
+    ----------
+    requests
+        How many there were; each was answered.
+    accuracy
+        Mean score of the answers, late ones included.
+    in_time
+        Share of the requests that were answered within the deadline.
+    right_in_time
+        Mean score where a late answer counts 0.
+    p50_seconds, p95_seconds, p99_seconds
+        Quantiles of the time from arrival to answer.
+    throughput
+        Answers a second, from the first arrival to the last answer.
+    share_at_k
+        k -> share of the requests that were answered with it.
+    """
+
+    requests: int
+    accuracy: float
+    in_time: float
+    right_in_time: float
+    p50_seconds: float
+    p95_seconds: float
+    p99_seconds: float
+    throughput: float
+    share_at_k: dict[int, float]
+
+
+class ServedModel(_Model):
+    """One k of an engine.
+
+    Attributes
+    ----------
+    k
+        What it is called; 1 is the dense teacher.
+    source
+        The run whose model it is, or the teacher's key in the artifact cache.
+    config
+        The configuration of that run, or of one that has this teacher.
+    remaining
+        Encoder FLOPs that are left, by the method's setting on the selection split.
+    accuracy
+        Mean score on the whole dev split.
+    """
+
+    k: int
+    source: str
+    config: dict[str, Any]
+    remaining: float
+    accuracy: float
+
+
+class Calibration(_Model):
+    """How long an engine takes, measured k by k in turn.
+
+    Attributes
+    ----------
+    engine
+        Method.
+    models
+        What can be chosen, by ascending k.
+    resident_bytes
+        Bytes of all distinct tensors that the engine holds, for all its ks together.
+    sizes, lengths
+        Batch sizes and padded lengths that were measured, ascending.
+    seconds
+        Raw samples, ``seconds[k][size][length][sample]``, from features in memory to answers in memory.
+    examples
+        Lengths in tokens of the dev examples.
+    scores
+        Scores of each k's answers on the dev examples, ``scores[k][example]``.
+    """
+
+    engine: str
+    models: list[ServedModel]
+    resident_bytes: int
+    sizes: list[int]
+    lengths: list[int]
+    seconds: list[list[list[list[float]]]]
+    examples: list[int]
+    scores: list[list[float]]
+
+
+class ServingCell(_Model):
+    """One load under one policy.
+
+    Attributes
+    ----------
+    cell_id
+        Hash of everything that can change it.
+    engine, policy, load, load_seed
+        What served, what chose k, what arrived, and the seed of the arrivals.
+    mode
+        ``real`` time on this machine, or ``simulated`` from the calibration.
+    replicas, times
+        How many models served, and by how much the load was multiplied.
+    seconds
+        How long requests arrived.
+    offered
+        Requests a second that arrived, on average.
+    summary
+        What came of it.
+    requests
+        File of the single requests beside it; ``None`` where they were not kept.
+    """
+
+    cell_id: str
+    engine: str
+    policy: str
+    load: str
+    load_seed: int
+    mode: Mode
+    replicas: int
+    times: float
+    seconds: float
+    offered: float
+    summary: Summary
+    requests: str | None
+
+
+class ServingStudy(_Model):
+    """What is common to all cells of a study of serving.
+
+    Attributes
+    ----------
+    study
+        Its name.
+    task, backbone, seed
+        What was served.
+    deadline_seconds
+        Seconds from arrival within which an answer is in time.
+    max_batch
+        Most requests of a batch.
+    capacity
+        Requests a second that the dense model serves in full batches, by its calibration; loads are shares of it.
+    provenance
+        Where the numbers came from.
+    calibrations
+        One for each engine.
+    """
+
+    schema_version: int = Field(default=SCHEMA_VERSION, ge=SCHEMA_VERSION, le=SCHEMA_VERSION)
+    study: str
+    task: str
+    backbone: str
+    seed: int
+    deadline_seconds: float
+    max_batch: int
+    capacity: float
+    provenance: Provenance
+    calibrations: list[Calibration]
+
+
+class ServingStore:
+    """The files of a study of serving: ``serving.json``, ``cells/<id>.json`` and ``requests/<id>.parquet``.
+
+    Parameters
+    ----------
+    folder
+        ``results/<study>``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self) -> ServingStudy | None:
+        """Return what is common to all cells, or ``None`` where there is nothing yet.
+
+        Raises
+        ------
+        DamagedResult
+            If the file is torn.
+        """
+        path = self.folder / "serving.json"
+        return _parse(path, ServingStudy) if path.exists() else None
+
+    def write(self, study: ServingStudy) -> None:
+        """Store what is common to all cells."""
+        write_atomic(self.folder / "serving.json", (study.model_dump_json() + "\n").encode())
+
+    def cell(self, cell_id: str) -> ServingCell | None:
+        """Return a finished cell, or ``None``."""
+        path = self.folder / "cells" / f"{cell_id}.json"
+        return _parse(path, ServingCell) if path.exists() else None
+
+    def add(self, cell: ServingCell, served: Served) -> None:
+        """Store a finished cell, and its requests where it names a file for them."""
+        import pandas as pd
+
+        if cell.requests:
+            content = io.BytesIO()
+            columns = {
+                "example": served.example,
+                "arrived": served.arrived.astype(np.float32),
+                "latency": served.latency.astype(np.float32),
+                "k": served.k,
+                "score": served.score,
+            }
+            pd.DataFrame(columns).to_parquet(content, index=False, compression="zstd")
+            write_atomic(self.folder / cell.requests, content.getvalue())
+        write_atomic(self.folder / "cells" / f"{cell.cell_id}.json", (cell.model_dump_json(indent=1) + "\n").encode())
+
+    def __iter__(self) -> Iterator[ServingCell]:
+        for path in sorted((self.folder / "cells").glob("*.json")):
+            yield _parse(path, ServingCell)
+
+
+def _parse(path: Path, cls: type[Any]) -> Any:
+    try:
+        return cls.model_validate(json.loads(path.read_bytes()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+    except ValueError as error:
+        problem = str(error)
+    raise DamagedResult(f"{path} is not a valid result of serving ({problem}). Remove it, and serve again.")

@@ -1,0 +1,68 @@
+"""What a person writes to choose a load or a policy: ``bursty``, ``static:4``, ``queue:up=24,down=4``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from bench.errors import ConfigError, suggest, unknown
+
+Choice = TypeVar("Choice")
+
+
+def read(text: str, what: str, known: Mapping[str, type[Choice]]) -> Choice:
+    """Build what ``text`` names.
+
+    Parameters
+    ----------
+    text
+        A name, and behind a colon values of its fields: ``field=value``, commas between; the first may go without its
+        name.
+    what
+        What kind of thing is named, for errors.
+    known
+        Name -> frozen dataclass.
+
+    Raises
+    ------
+    ConfigError
+        If the name, a field or a value is none.
+    """
+    name, _, rest = text.partition(":")
+    if name not in known:
+        raise unknown(what, name, known)
+    cls = known[name]
+    fields = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    given: dict[str, str] = {}
+    for index, part in enumerate(rest.split(",") if rest else []):
+        field, equals, value = part.partition("=")
+        if not equals:
+            if index or not fields:
+                raise ConfigError(f"{what} '{text}': '{part}' is no field=value{_fields(name, fields)}")
+            field, value = fields[0], part
+        if field not in fields:
+            raise ConfigError(
+                f"{what} '{text}': unknown field '{field}'.{suggest(field, fields)}{_fields(name, fields)}"
+            )
+        given[field] = value
+    try:
+        return TypeAdapter(cls).validate_python(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{what} '{text}': {where + ': ' if where else ''}{first['msg'].lower()}") from None
+
+
+def written(name: str, choice: Any) -> str:
+    """Return the text that `read` would build ``choice`` from, every field named."""
+    fields = ",".join(
+        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in vars(choice).items()
+    )
+    return f"{name}:{fields}" if fields else name
+
+
+def _fields(name: str, fields: list[str]) -> str:
+    return f" Fields of {name}: {', '.join(fields)}." if fields else f" {name} has no fields."
