@@ -22,9 +22,6 @@ from bench.serving.server import serve
 from bench.serving.simulation import simulate
 from bench.serving.times import ServiceTimes
 
-KEPT = 100_000
-"""Requests up to which those of a cell are stored one by one."""
-
 
 @dataclass(frozen=True)
 class Setup:
@@ -174,9 +171,10 @@ class Experiment:
             seconds=setup.seconds,
             offered=len(requests.arrived) / setup.seconds,
             summary=served.summary(study.deadline_seconds),
-            requests=f"requests/{cell_id}.parquet" if len(requests.arrived) <= KEPT else None,
+            requests=f"requests/{cell_id}.parquet" if pending.mode == "real" else None,
         )
-        self.store.add(cell, served)
+        examples = len(self._calibration(pending.engine.name).examples)
+        self.store.add(cell, served, served.tally(examples, study.deadline_seconds))
         return cell
 
     def count(self, pending: Pending) -> int:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bench.errors import DamagedResult
 from bench.results import Provenance, write_atomic
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA_VERSION = 1
 Mode = Literal["real", "simulated"]
@@ -49,6 +52,15 @@ class Served:
         """Seconds from arrival to answer."""
         return self.finished - self.arrived
 
+    def tally(self, examples: int, deadline: float) -> Tally:
+        """Count by dev example, of which there are ``examples``, against a deadline in seconds."""
+        in_time = self.latency <= deadline
+
+        def count(weights: NDArray[Any] | None = None) -> NDArray[np.float64]:
+            return np.bincount(self.example, weights, minlength=examples).astype(np.float64)
+
+        return Tally(count(), count(in_time), count(self.score), count(self.score * in_time))
+
     def summary(self, deadline: float) -> Summary:
         """Sum up against a deadline in seconds."""
         latency = self.latency
@@ -66,6 +78,27 @@ class Served:
             throughput=len(latency) / float(self.finished.max() - self.arrived.min()),
             share_at_k={int(k): int(n) / len(latency) for k, n in zip(ks, counts, strict=True)},
         )
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Requests counted by the dev example that they asked for: what any mean over them and its interval are made of.
+
+    Attributes
+    ----------
+    requests, in_time
+        How many there were, and how many were answered within the deadline, (examples,).
+    score, score_in_time
+        Sum of the scores, and of those within the deadline, (examples,).
+    """
+
+    requests: NDArray[np.float64]
+    in_time: NDArray[np.float64]
+    score: NDArray[np.float64]
+    score_in_time: NDArray[np.float64]
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 class _Model(BaseModel):
@@ -179,7 +212,7 @@ class ServingCell(_Model):
     summary
         What came of it.
     requests
-        File of the single requests beside it; ``None`` where they were not kept.
+        File of the single requests; ``None`` where they are not kept, since a simulation gives them again.
     """
 
     cell_id: str
@@ -230,7 +263,10 @@ class ServingStudy(_Model):
 
 
 class ServingStore:
-    """The files of a study of serving: ``serving.json``, ``cells/<id>.json`` and ``requests/<id>.parquet``.
+    """The files of a study of serving.
+
+    ``serving.json``, and for each cell ``cells/<id>.json``, ``tallies/<id>.parquet`` and, where it was served in real
+    time, ``requests/<id>.parquet``.
 
     Parameters
     ----------
@@ -261,12 +297,9 @@ class ServingStore:
         path = self.folder / "cells" / f"{cell_id}.json"
         return _parse(path, ServingCell) if path.exists() else None
 
-    def add(self, cell: ServingCell, served: Served) -> None:
-        """Store a finished cell, and its requests where it names a file for them."""
-        import pandas as pd
-
+    def add(self, cell: ServingCell, served: Served, tally: Tally) -> None:
+        """Store a finished cell: what it is made of first, so that a cell that is there is whole."""
         if cell.requests:
-            content = io.BytesIO()
             columns = {
                 "example": served.example,
                 "arrived": served.arrived.astype(np.float32),
@@ -274,9 +307,33 @@ class ServingStore:
                 "k": served.k,
                 "score": served.score,
             }
-            pd.DataFrame(columns).to_parquet(content, index=False, compression="zstd")
-            write_atomic(self.folder / cell.requests, content.getvalue())
+            self._write(cell.requests, columns)
+        self._write(self._tally(cell.cell_id), {name: c.astype(np.float32) for name, c in vars(tally).items()})
         write_atomic(self.folder / "cells" / f"{cell.cell_id}.json", (cell.model_dump_json(indent=1) + "\n").encode())
+
+    def tally(self, cell: ServingCell) -> Tally:
+        """Return a cell's requests, counted by example."""
+        import pandas as pd
+
+        frame = pd.read_parquet(self.folder / self._tally(cell.cell_id))
+        return Tally(*(frame[name].to_numpy(np.float64) for name in Tally.__dataclass_fields__))
+
+    def requests(self, cell: ServingCell) -> pd.DataFrame:
+        """Return the single requests of a cell that kept them, in the order of arrival."""
+        import pandas as pd
+
+        return pd.read_parquet(self.folder / str(cell.requests))
+
+    @staticmethod
+    def _tally(cell_id: str) -> str:
+        return f"tallies/{cell_id}.parquet"
+
+    def _write(self, name: str, columns: dict[str, NDArray[Any]]) -> None:
+        import pandas as pd
+
+        content = io.BytesIO()
+        pd.DataFrame(columns).to_parquet(content, index=False, compression="zstd")
+        write_atomic(self.folder / name, content.getvalue())
 
     def __iter__(self) -> Iterator[ServingCell]:
         for path in sorted((self.folder / "cells").glob("*.json")):
