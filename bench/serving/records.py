@@ -300,7 +300,7 @@ class ServingStore:
     def add(self, cell: ServingCell, served: Served, tally: Tally) -> None:
         """Store a finished cell: what it is made of first, so that a cell that is there is whole."""
         if cell.requests:
-            columns = {
+            columns: dict[str, NDArray[Any]] = {
                 "example": served.example,
                 "arrived": served.arrived.astype(np.float32),
                 "latency": served.latency.astype(np.float32),
