@@ -12,10 +12,12 @@ from analysis.figures import write_figures
 from analysis.frames import read_study
 from analysis.page import PAGE, write_page
 from analysis.predictions import Predictions
+from analysis.serving.report import write_serving
 from analysis.storage import write_storage
 from analysis.style import FORMATS
 from analysis.tables import write_tables
 from bench.errors import BenchError, suggest
+from bench.serving.records import SERVING_FILE, ServingStore
 from bench.storage import STORAGE_FILE
 
 _MADE = {"tables": "*.*", "figures": "*.*", ".": PAGE}
@@ -32,7 +34,7 @@ class Report:
     paths
         Every file that was written: tables, figures, and the page.
     counts
-        Status -> number of runs.
+        Status -> number of runs; ``served`` -> number of loads of a study that has no runs.
     problems
         One line for each file that was left out.
     """
@@ -44,8 +46,9 @@ class Report:
 
 
 def studies(results_root: Path) -> list[str]:
-    """Name the studies below a results folder."""
-    return sorted(folder.parent.name for folder in results_root.glob("*/runs") if folder.is_dir())
+    """Name the studies below a results folder: of runs, or of loads that were served."""
+    runs = {folder.parent.name for folder in results_root.glob("*/runs") if folder.is_dir()}
+    return sorted(runs | {path.parent.name for path in results_root.glob(f"*/{SERVING_FILE}")})
 
 
 def made_before(folder: Path) -> list[Path]:
@@ -57,7 +60,7 @@ def made_before(folder: Path) -> list[Path]:
         ``results/<study>``.
     """
     made = [path for kind, names in _MADE.items() for path in sorted((folder / kind).glob(names))]
-    read = ("runs/*.json", "README.md", STORAGE_FILE)
+    read = ("runs/*.json", "README.md", STORAGE_FILE, SERVING_FILE, "cells/*.json")
     times = [path.stat().st_mtime_ns for kind in read for path in folder.glob(kind)]
     complete = {path.parent for path in made} == {folder / kind for kind in _MADE}
     return made if complete and times and min(path.stat().st_mtime_ns for path in made) > max(times) else []
@@ -84,7 +87,11 @@ def regenerate(results_root: Path, study: str, formats: Sequence[str] = FORMATS)
     if study not in known:
         listed = f" Known: {', '.join(known)}." if known else " There are no studies in it."
         raise BenchError(f"no study '{study}' in {results_root}.{suggest(study, known)}{listed}")
-    read = read_study(results_root / study)
+    folder = results_root / study
+    served = write_serving(folder, formats)
+    if served and not (folder / "runs").is_dir():
+        return Report(study, served, {"served": len(list(ServingStore(folder)))}, [])
+    read = read_study(folder)
     if read.frame.empty:
         why = "".join(f"\n  {problem}" for problem in read.problems)
         raise BenchError(f"study '{study}' has no run that can be read in {read.folder / 'runs'}.{why}")
@@ -95,6 +102,7 @@ def regenerate(results_root: Path, study: str, formats: Sequence[str] = FORMATS)
         *write_tables(read, table, pairs),
         *write_figures(read, table, formats),
         *write_storage(read.folder, formats),
+        *served,
     ]
     paths.append(write_page(read, table, pairs))
     counts = read.frame["status"].value_counts().sort_index()

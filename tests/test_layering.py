@@ -49,13 +49,14 @@ ARROWS = {
     "runner": f"{_CONTRACTS} cell provenance execution",
     "tracking": f"{_CONTRACTS} cell artifacts incoming runner",
     "serving.records": "errors results",
+    "serving.times": "serving.records",
     "serving": (
         f"{_CONTRACTS} {_PARTS} plugins cell artifacts context training execution provenance storage entry_points "
-        "serving.records"
+        "serving.records serving.times"
     ),
     "describe": f"{_CONTRACTS} {_PARTS}",
     "testing": f"{_CONTRACTS} {_PARTS} artifacts context training costing cell runner describe",
-    "analysis": "errors results storage serving.records",
+    "analysis": "errors results storage serving.records serving.times",
     "verify": f"{_CONTRACTS} {_PARTS} cell provenance runner analysis",
     "launch": (
         f"{_CONTRACTS} {_PARTS} plugins cell artifacts runner tracking describe analysis storage incoming serving hub "

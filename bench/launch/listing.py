@@ -14,8 +14,10 @@ from bench.config import RECIPES, RunConfig
 from bench.errors import BenchError
 from bench.launch.display import Display, console, one_line, say
 from bench.launch.plan import observed_rate, plan
+from bench.launch.served import print_served
 from bench.results import ResultStore, RunResult
 from bench.runner import Mode
+from bench.serving.records import ServingStore
 from bench.tracking import Tracking
 from bench.tracking.prepare import prepare
 
@@ -179,7 +181,10 @@ def print_report(root: Path, study: str, only_if_stale: bool = False) -> None:
         made = regenerate(root, study)
         paths, problems = made.paths, made.problems
     out = console()
-    print_summary(root / study, out)
+    if (root / study / "runs").is_dir():
+        print_summary(root / study, out)
+    else:
+        print_served(ServingStore(root / study))
     for problem in problems:
         say(out, f"warning: {problem}")
     for path in sorted(paths, key=lambda path: (path.suffix == ".html", path.suffix == ".png", path)):

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from analysis.report import studies
 from bench.cell import Surroundings
 from bench.config import RunConfig
 from bench.errors import BenchError, ConfigError, DamagedResult, suggest
 from bench.launch.display import Display, clock, console, one_line, say
 from bench.launch.plan import estimate_seconds, observed_rate, plan
 from bench.results import ResultStore, RunResult
+from bench.serving.records import SERVING_FILE
 from bench.tasks.own import read_own
 from bench.verify.again import Elsewhere, Judgement, choose, make_again, recorded_config
 from bench.verify.comparing import COST_TOLERANCE, METRIC_TOLERANCE, PREDICTION_TOLERANCE
@@ -34,10 +36,10 @@ def find_study(results: Path, given: str) -> ResultStore:
         If it is neither.
     """
     for folder in (results / given, Path(given)):
-        if (folder / "runs").is_dir():
+        if (folder / "runs").is_dir() or (folder / SERVING_FILE).is_file():
             folder = folder.resolve()
             return ResultStore(folder.parent, folder.name)
-    known = sorted(path.parent.name for path in results.glob("*/runs"))
+    known = studies(results)
     raise ConfigError(
         f"no study '{given}': neither a folder with runs/ nor one below {results}.{suggest(given, known)} "
         f"Studies: {', '.join(known) or 'none'}."

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA_VERSION = 1
+SERVING_FILE = "serving.json"
 Mode = Literal["real", "simulated"]
 QUANTILES = (0.5, 0.95, 0.99)
 
@@ -285,12 +286,12 @@ class ServingStore:
         DamagedResult
             If the file is torn.
         """
-        path = self.folder / "serving.json"
+        path = self.folder / SERVING_FILE
         return _parse(path, ServingStudy) if path.exists() else None
 
     def write(self, study: ServingStudy) -> None:
         """Store what is common to all cells."""
-        write_atomic(self.folder / "serving.json", (study.model_dump_json() + "\n").encode())
+        write_atomic(self.folder / SERVING_FILE, (study.model_dump_json() + "\n").encode())
 
     def cell(self, cell_id: str) -> ServingCell | None:
         """Return a finished cell, or ``None``."""

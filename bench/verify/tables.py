@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from analysis.page import PAGE
 from analysis.report import regenerate
 from bench.results import ResultStore
 
@@ -67,7 +68,7 @@ class Compilation:
 
 
 def compile_again(store: ResultStore, scratch: Path) -> Compilation:
-    """Make tables and figures of a study from its runs and predictions, and compare them with those it has.
+    """Make tables and figures of a study from what else it holds, and compare them with those it has.
 
     Parameters
     ----------
@@ -83,9 +84,9 @@ def compile_again(store: ResultStore, scratch: Path) -> Compilation:
     """
     copy = scratch / store.study
     copy.mkdir(parents=True)
-    for name in ("runs", "predictions"):
-        if (store.folder / name).is_dir():
-            (copy / name).symlink_to((store.folder / name).resolve(), target_is_directory=True)
+    for path in store.folder.iterdir():
+        if path.name not in (*KINDS, PAGE):
+            (copy / path.name).symlink_to(path.resolve(), target_is_directory=path.is_dir())
     report = regenerate(scratch, store.study)
     committed, made = _files(store.folder), _files(copy)
     drawn_by = _drawn_by(committed), _drawn_by(made)
