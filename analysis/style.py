@@ -37,7 +37,7 @@ RC: Any = {
     "text.hinting": "none",  # so that a text is as wide in every format as it was when it was placed
     "figure.dpi": 200,
 }
-Place = Literal["outside upper left", "outside upper center", "outside right upper"]
+Place = Literal["outside upper left", "outside upper center", "outside right upper", "outside lower left"]
 INK = "#333333"
 FAINT = "#8a8a8a"
 FORMATS = ("png", "svg", "pdf")

@@ -12,6 +12,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from analysis import words
 from analysis.frames import groups
@@ -51,13 +52,14 @@ def policies_figure(frame: pd.DataFrame, title: str) -> Figure:
             _policies(axes, mine, styles, str(engine))
         axes.set_title(load_name(load), loc="left")
         axes.set_xlabel("answered in time, %")
-        axes.margins(x=0.12)
+        left = min(90.0, 100 * float(frame.loc[frame["load"] == load, "in_time"].min()))
+        axes.set_xlim(left - 0.1 * (100 - left), 100 + 0.05 * (100 - left))
     for axes in panels[len(loads) :]:
         axes.set_axis_off()
     for row in grid:
         row[0].set_ylabel("accuracy, %")
     figure.suptitle(title, x=0.01, ha="left", fontsize=9)
-    legend(figure, styles, "outside upper left", WIDTH)
+    legend(figure, styles, "outside lower left", WIDTH)
     return figure
 
 
@@ -131,8 +133,7 @@ def timeline_figure(serving: Serving, chosen: Sequence[Group], title: str) -> Fi
         latency = frame.groupby(second)["latency"].quantile(0.95)
         bottom.plot(latency.index, MILLISECONDS * latency, color=INK, lw=0.9)
         bottom.axhline(MILLISECONDS * study.deadline_seconds, color="#D55E00", ls=(0, (4, 2)), lw=0.8)
-        bottom.set_yscale("log")
-        bottom.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        _plain_log(bottom)
         bottom.set_xlabel("seconds")
     for axes, name in zip(grid[:, 0], ("requests/s", "share at k, %", "p95 of the second, ms"), strict=True):
         axes.set_ylabel(name)
@@ -169,15 +170,23 @@ def agreement_figure(frame: pd.DataFrame, title: str) -> Figure:
         look = styles[load_name(str(load))]
         axes.plot(mine["p95_ms_real"], mine["p95_ms_simulated"], ls="", marker=look.marker, ms=4, mec="white", mew=0.4,
                   color=look.colour)  # fmt: skip
-    for setting in (axes.set_xscale, axes.set_yscale):
-        setting("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter("")
+    _plain_log(axes)
     axes.set_xlabel("p95 in real time, ms")
     axes.set_ylabel("p95 simulated, ms")
     axes.set_title(title, loc="left")
     legend(figure, styles, "outside upper left", 3.6)
     return figure
+
+
+def _plain_log(axes: Axes) -> None:
+    """Make the vertical axis logarithmic, with numbers that are read at once."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter("")
 
 
 def _marks(loads: Iterable[str]) -> dict[str, Look]:

@@ -125,7 +125,10 @@ def _row(group: Group, draws: Array, study: ServingStudy) -> dict[str, object]:
         ("throughput", "answers_per_second", 1.0),
     ):
         values = scale * group.over_seeds(name)
-        row |= _with_bounds(column, float(values.mean()), t_interval(values))
+        bounds = t_interval(values)
+        if column == "in_time":
+            bounds = Bounds(*np.clip(bounds, 0, 1))
+        row |= _with_bounds(column, float(values.mean()), bounds)
     weights = np.array([cell.summary.requests for cell in group.cells], float)
     for k in _ks(study):
         shares = [cell.summary.share_at_k.get(k, 0.0) for cell in group.cells]

@@ -12,7 +12,7 @@ import pandas as pd
 from analysis import words
 from analysis.frames import groups
 from analysis.markup import Bold, latex_table, markdown_escape, markdown_table
-from analysis.serving.frames import MILLISECONDS, Serving, agreement_frame, differences_frame, served_frame
+from analysis.serving.frames import MILLISECONDS, Condition, Serving, agreement_frame, differences_frame, served_frame
 from bench.serving.records import Calibration
 from bench.serving.times import ServiceTimes
 
@@ -25,6 +25,7 @@ TABLES = (
 )
 HEAD = ("engine", "policy", "accuracy, %", "in time, %", "right in time, %", "p50, ms", "p95, ms", "p99, ms",
         "answers/s", "share at k, %")  # fmt: skip
+CONDITION = list(Condition._fields)
 NOTES = (
     "Accuracy: of all answers. In time: answered within the deadline. Right in time: a late answer counts as wrong.",
     "Intervals are 95 %. Accuracy and right in time: dev examples are drawn again, with all requests for them. In time "
@@ -81,18 +82,18 @@ def _markdown(serving: Serving, served: pd.DataFrame, differences: pd.DataFrame,
     text = [f"# {markdown_escape(study.study)}: serving\n", *(f"- {note}" for note in notes), ""]
     text.append(f"{study.backbone} on {study.task}, seed {study.seed}; {study.provenance.hardware}.\n")
     text.append(f"## What can be chosen\n\n{markdown_table(*_engines(study.calibrations))}")
-    for _, mine in groups(served, ["mode", "replicas", "times", "seconds", "load"], sort=False):
-        seeds = words.plural(int(mine["seeds"].max()), "seed")
-        first = mine.iloc[0]
-        about = f"{seeds} of {first['seconds']:g} s, {first['offered_per_second']:.1f} requests a second."
+    for _, mine in groups(served, CONDITION, sort=False):
+        first: Any = next(mine.itertuples())
+        seeds = words.plural(first.seeds, "seed")
+        about = f"{seeds} of {first.seconds:g} s, {first.offered_per_second:.1f} requests a second."
         rows = [_cells(row) for row in _marked(mine)]
         text.append(f"## {condition_name(first)}\n\n{about}\n\n{markdown_table(HEAD, rows, 2)}")
     if len(differences):
         text.append("## Adaptive policies against the others\n\nPercentage points, on the same requests.\n")
         head = ["engine", "policy", "against", "accuracy", "in time", "right in time"]
-        for _, mine in groups(differences, ["mode", "replicas", "times", "seconds", "load"], sort=False):
+        for _, mine in groups(differences, CONDITION, sort=False):
             rows = [_difference(row) for row in mine.itertuples()]
-            text.append(f"### {condition_name(mine.iloc[0])}\n\n{markdown_table(head, rows, 3)}")
+            text.append(f"### {condition_name(next(mine.itertuples()))}\n\n{markdown_table(head, rows, 3)}")
     if len(agreement):
         off = (agreement["ratio"] - 1).abs()
         text.append(

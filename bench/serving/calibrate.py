@@ -21,36 +21,45 @@ POINTS = 4
 """Lengths that are measured, from short to long."""
 
 
-def calibrate(engine: Engine, max_batch: int, progress: Callable[[], None] = lambda: None) -> Calibration:
-    """Time every k in turn on batches of real tokens, and answer the whole dev split at each.
+def calibrate(
+    engines: Sequence[Engine], max_batch: int, progress: Callable[[], None] = lambda: None
+) -> list[Calibration]:
+    """Time every k of every engine in turn on batches of real tokens, and answer the whole dev split at each.
 
     Parameters
     ----------
-    engine
-        What is measured.
+    engines
+        What is measured, all of one task.
     max_batch
         Largest batch; sizes are the powers of two up to it, and it.
     progress
         Called after each size and length, and after each k's answers.
     """
-    features = engine.ctx.features["dev"]
+    features = engines[0].ctx.features["dev"]
     lengths = np.array([len(feature["input_ids"]) for feature in features])
     sizes = sorted({*(2**i for i in range(max_batch.bit_length())), max_batch})
     grid = sorted({int(n) for n in np.quantile(lengths, np.linspace(0.02, 1, POINTS), method="higher")})
     rng = np.random.default_rng(0)
-    seconds = np.empty((len(engine.ks), len(sizes), len(grid), SAMPLES))
+    seconds = [np.empty((len(engine.ks), len(sizes), len(grid), SAMPLES)) for engine in engines]
     with torch.inference_mode(), no_garbage_collection():
         for s, size in enumerate(sizes):
             for g, length in enumerate(grid):
                 for sample in range(-WARM_UP, SAMPLES):
                     batch = _batch(features, lengths, size, length, rng)
-                    # in turn, so that a machine that grows slower makes each k slower
-                    for which, k in enumerate(engine.ks):
-                        began = perf_counter()
-                        engine.answer(k, batch)
-                        if sample >= 0:
-                            seconds[which, s, g, sample] = perf_counter() - began
+                    # in turn, so that a machine that grows slower makes all of them slower
+                    for engine, mine in zip(engines, seconds, strict=True):
+                        for which, k in enumerate(engine.ks):
+                            began = perf_counter()
+                            engine.answer(k, batch)
+                            if sample >= 0:
+                                mine[which, s, g, sample] = perf_counter() - began
                 progress()
+    return [_calibration(engine, mine, sizes, grid, progress) for engine, mine in zip(engines, seconds, strict=True)]
+
+
+def _calibration(
+    engine: Engine, seconds: NDArray[np.float64], sizes: list[int], grid: list[int], progress: Callable[[], None]
+) -> Calibration:
     answered = []
     for k in engine.ks:
         answered.append(_answers(engine, k))
@@ -66,7 +75,7 @@ def calibrate(engine: Engine, max_batch: int, progress: Callable[[], None] = lam
         sizes=sizes,
         lengths=grid,
         seconds=seconds.tolist(),
-        examples=lengths.tolist(),
+        examples=[len(feature["input_ids"]) for feature in engine.ctx.features["dev"]],
         scores=[row.tolist() for row in answered],
     )
 

@@ -218,12 +218,14 @@ class Experiment:
         if found:
             self._check(found, first)
         calibrations = {c.engine: c for c in found.calibrations} if found else {}
+        new = [engine for engine in self.engines.values() if engine.name not in calibrations]
+        if new:
+            each = [f"{engine.name} at k = {', '.join(map(str, engine.ks))}" for engine in new]
+            progress(f"calibrating {'; '.join(each)}")
+            calibrations |= {made.engine: made for made in calibrate(new, setup.max_batch)}
         for engine in self.engines.values():
-            held = calibrations.get(engine.name)
-            if held is None:
-                progress(f"calibrating {engine.name} at k = {', '.join(map(str, engine.ks))}")
-                calibrations[engine.name] = calibrate(engine, setup.max_batch)
-            elif [m.source for m in held.models] != [m.source for m in engine.models]:
+            held = calibrations[engine.name]
+            if [m.source for m in held.models] != [m.source for m in engine.models]:
                 raise ConfigError(
                     f"{self.store.folder} holds {engine.name} with the models of other runs; choose another --study"
                 )
