@@ -111,8 +111,8 @@ class QueueLength(Policy):
     """
 
     name = "queue"
-    up: Annotated[float, Field(gt=0)] = 2.0
-    down: Annotated[float, Field(ge=0)] = 0.5
+    up: Annotated[float, Field(gt=0)] = 1.0
+    down: Annotated[float, Field(ge=0)] = 0.25
 
     def __post_init__(self) -> None:
         if self.down >= self.up:
