@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -91,7 +92,10 @@ def off_target_note(table: pd.DataFrame) -> str:
 
 def _incomplete(table: pd.DataFrame) -> str:
     lacking = table[table["missing_tasks"] != ""]
-    names = [f"{row.series} at ratio {row.ratio:g} (lacks {row.missing_tasks})" for row in lacking.itertuples()]
+    names = [
+        f"{series}{'' if math.isnan(ratio) else f' at ratio {ratio:g}'} (lacks {tasks})"
+        for series, ratio, tasks in zip(lacking["series"], lacking["ratio"], lacking["missing_tasks"], strict=True)
+    ]
     return f"No average is given where a task is missing: {'; '.join(names)}." if names else ""
 
 

@@ -31,6 +31,8 @@ LONGEST_NAME = 18
 """Characters up to which series are named beside their lines, and not in a legend."""
 CROWDED = 8
 """Series from which a legend names them all, in two columns of a wider figure."""
+MANY_VARIANTS = 4
+"""Series of one method from which they have a figure of their own."""
 SIDE_BY_SIDE = 0.9
 """Percentage points between marks of equal cost, which would else hide each other's error bars."""
 
@@ -53,22 +55,39 @@ def write_figures(study: Study, table: pd.DataFrame, formats: Sequence[str] = FO
         styles, names = looks(table["series"]), words.short_names(table["backbone"])
         shown = table[table["score"].notna() & table["remaining"].notna()]
         with mpl.rc_context(RC):
-            for (backbone, task), rows in groups(shown, ["backbone", "task"]):
+            main = without_variants(shown)
+            for (backbone, task), rows in groups(main, ["backbone", "task"]):
                 stem = folder / f"pareto_{words.slug(names[backbone])}_{words.slug(task)}"
                 paths += save(pareto_figure(rows, names[backbone], styles), stem, formats)
             if shown.groupby(["backbone", "task"]).ngroups > 1:
-                paths += save(overview_figure(shown, names, styles), folder / "pareto_overview", formats)
+                paths += save(overview_figure(main, names, styles), folder / "pareto_overview", formats)
             for backbone, rows in groups(shown, "backbone"):
                 headline = AVERAGE if AVERAGE in set(rows["task"]) else rows["task"].iloc[0]
                 rows = rows[rows["task"] == headline]
+                for method in rows.loc[_crowded(rows), "method"].unique():
+                    own = rows[rows["method"].isin([DENSE, method])]
+                    stem = folder / f"variants_{words.slug(names[backbone])}_{words.slug(method)}"
+                    paths += save(pareto_figure(own, names[backbone], styles), stem, formats)
                 for kind, draw_kind in (("latency", latency_figure), ("drops", drops_figure)):
                     if (figure := draw_kind(rows, names[backbone], styles)) is not None:
                         paths += save(figure, folder / f"{kind}_{words.slug(names[backbone])}", formats)
     for suffix in formats:
-        for kind in ("pareto", "latency", "drops"):
+        for kind in ("pareto", "variants", "latency", "drops"):
             for stale in set(folder.glob(f"{kind}_*.{suffix}")) - set(paths):
                 stale.unlink()
     return sorted(paths)
+
+
+def without_variants(rows: pd.DataFrame) -> pd.DataFrame:
+    """Leave out what only crowds: of a method with many variants beside its plain self, those that are dominated."""
+    return rows[~(_crowded(rows) & (rows["series"] != rows["method"]) & ~rows["on_front"])]
+
+
+def _crowded(rows: pd.DataFrame) -> pd.Series:
+    """Mark the rows of methods that come as they are and in many variants."""
+    series = rows.groupby(["backbone", "method"])["series"]
+    plain = (rows["series"] == rows["method"]).groupby([rows["backbone"], rows["method"]]).transform("any")
+    return (series.transform("nunique") > MANY_VARIANTS) & plain
 
 
 def pareto_figure(rows: pd.DataFrame, backbone: str, styles: dict[str, Look]) -> Figure:
@@ -115,10 +134,11 @@ def pareto_figure(rows: pd.DataFrame, backbone: str, styles: dict[str, Look]) ->
 
 
 def overview_figure(table: pd.DataFrame, names: dict[str, str], styles: dict[str, Look]) -> Figure:
-    """Draw every backbone and task small, the average first: a row a backbone, or a single backbone's tasks wrapped."""
-    tasks = sorted(table["task"].unique(), key=lambda name: (name != AVERAGE, name))
-    panels = [(backbone, task) for backbone in sorted(names) for task in tasks]
-    columns = len(tasks) if len(names) > 1 else min(4, len(tasks))
+    """Draw every backbone and task small, a backbone's average first."""
+    styles = {name: look for name, look in styles.items() if name in set(table["series"])}
+    found = {(str(backbone), str(task)): rows for (backbone, task), rows in groups(table, ["backbone", "task"])}
+    panels = sorted(found, key=lambda panel: (panel[0], panel[1] != AVERAGE, panel[1]))
+    columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
     width = max(5.0, 1.95 * columns + 0.5)
     height = 1.75 * lines + 0.6 + legend_size(styles, width)[2]
@@ -128,14 +148,10 @@ def overview_figure(table: pd.DataFrame, names: dict[str, str], styles: dict[str
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes, (backbone, task) in zip(grid.flat, panels, strict=False):
-        rows = table[(table["backbone"] == backbone) & (table["task"] == task)]
-        if rows.empty:
-            axes.set_axis_off()
-            continue
+        rows = found[backbone, task]
         draw(axes, _positions(rows), styles, small=True)
-        axes.set_title(task, loc="left", fontsize=8)
-        label = "mean score, %" if task == AVERAGE else words.metric(rows["metric"].iloc[0])
-        axes.set_ylabel(f"{names[backbone]}\n{label}" if task == tasks[0] else label, fontsize=7)
+        axes.set_title(f"{names[backbone]} · {task}" if len(names) > 1 else task, loc="left", fontsize=8)
+        axes.set_ylabel("mean score, %" if task == AVERAGE else words.metric(rows["metric"].iloc[0]), fontsize=7)
         axes.margins(y=0.1)
         axes.tick_params(labelbottom=True)
     grid[0, 0].set_xlim(100 * table["remaining"].min() - 6, 100 * max(1.0, table["remaining"].max()) + 5)

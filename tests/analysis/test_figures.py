@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from analysis.cells import AVERAGE, cells
 from analysis.drops import drops_figure
-from analysis.figures import overview_figure, pareto_figure, write_figures
+from analysis.figures import overview_figure, pareto_figure, without_variants, write_figures
 from analysis.frames import read_study
 from analysis.labels import Label, place
 from analysis.latency import latency_figure
@@ -158,9 +158,27 @@ def test_the_same_series_look_alike_whatever_their_order():
 def test_the_overview_has_a_panel_for_every_backbone_and_task(table):
     with mpl.rc_context(RC):
         figure = overview_figure(table, {"base": "base", "large": "large"}, looks(table["series"]))
-    titles = [axes.get_title(loc="left") for axes in figure.axes]
-    assert titles == [AVERAGE, "rte", "sst2"] * 2
+    titles = [axes.get_title(loc="left") for axes in figure.axes if axes.axison]
+    assert titles == [f"{backbone} · {task}" for backbone in ("base", "large") for task in (AVERAGE, "rte", "sst2")]
     assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["dense", "variator"]
+
+
+def test_dominated_variants_of_a_method_have_a_figure_of_their_own(tmp_path):
+    names = ("mean", "conv", "none", "both")
+    scores = dict(zip(names, (0.7, 0.72, 0.74, 0.93), strict=True))  # the last is on the front
+    runs = [make_run(method="dense", ratio=None), make_run(), make_run(method="pruning")]
+    runs += [make_run(options={"compression": name}, accuracy=scores[name]) for name in names]
+    study = read_study(write_runs(tmp_path, runs))
+    rows = cells(study, Predictions(study.folder))
+    assert set(without_variants(rows)["series"]) == {
+        "dense", "pruning", "variator", "variator (compression=both)"
+    }  # fmt: skip
+    assert len(without_variants(rows[rows["series"] != "variator"])) == len(rows) - 1, "variants of nothing are methods"
+    few = rows[~rows["series"].isin(["variator (compression=mean)"])]
+    assert len(without_variants(few)) == len(few), "a few do not crowd"
+    assert "variants_t5-base_variator.svg" in {path.name for path in write_figures(study, rows, ["svg"])}
+    assert "variants_t5-base_variator.svg" not in {path.name for path in write_figures(study, few, ["svg"])}
+    assert not list((study.folder / "figures").glob("variants_*")), "what is no longer drawn goes"
 
 
 def test_the_latency_figure_sets_time_against_flops(table):

@@ -116,11 +116,12 @@ def test_a_cell_without_a_score_says_what_became_of_it(tmp_path):
         make_run("rte", ratio=8.0),
     ]
     runs.append(make_run("rte", "pruning", 8.0, status="diverged", reason="loss is nan"))
+    runs.append(make_run(method="quantization", ratio=None))
     folder, _, _ = write_all(tmp_path, runs)
     text = (folder / "summary.md").read_text()
     overview = {tuple(row[:2]): row[3:] for row in markdown_tables(text)[0]}
     assert overview["pruning", "8"][0] == "diverged" and overview["pruning", "8"][2] == "n/a"
-    assert "pruning at ratio 8 (lacks rte)" in text
+    assert "pruning at ratio 8 (lacks rte)" in text and "quantization (lacks rte)" in text
 
 
 def test_latex_parses(written):
