@@ -61,7 +61,7 @@ ARROWS = {
         f"{_CONTRACTS} {_PARTS} plugins cell artifacts runner tracking describe analysis storage incoming serving hub "
         "verify serving.records"
     ),
-    "cli": "version errors results config cell runner tracking describe launch",
+    "cli": "version errors results config cell tracking describe launch",
     "__main__": "team execution cli",
 }
 HEAVY = {"torch", "transformers", "datasets", "pandas", "wandb"}

@@ -11,6 +11,7 @@ import click
 import pytest
 
 import bench.cli
+from bench.cli.keys import KeyOption
 from bench.config import RunConfig, run_id
 from bench.describe import keys
 from bench.registry import methods
@@ -118,7 +119,7 @@ def test_every_command_and_option_is_on_the_page_of_commands() -> None:
     for name, command in _all_commands(bench.cli.main, "bench").items():
         section = re.split(rf"^#+ {re.escape(name)}$", page, flags=re.M)[1].partition("\n## ")[0]
         options = [p for p in command.params if isinstance(p, click.Option)]
-        own = [option for option in options if not isinstance(option, bench.cli._Key)]
+        own = [option for option in options if not isinstance(option, KeyOption)]
         assert [o.opts[0] for o in own if f"`{o.opts[0]}" not in section] == [], name
         assert ("keys of the [configuration]" in section) == (len(own) < len(options))
         for option in own:
