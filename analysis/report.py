@@ -16,6 +16,7 @@ from analysis.storage import write_storage
 from analysis.style import FORMATS
 from analysis.tables import write_tables
 from bench.errors import BenchError, suggest
+from bench.results import studies
 from bench.storage import STORAGE_FILE
 
 _MADE = {"tables": "*.*", "figures": "*.*", ".": PAGE}
@@ -41,11 +42,6 @@ class Report:
     paths: list[Path]
     counts: dict[str, int]
     problems: list[str]
-
-
-def studies(results_root: Path) -> list[str]:
-    """Name the studies below a results folder."""
-    return sorted(folder.parent.name for folder in results_root.glob("*/runs") if folder.is_dir())
 
 
 def made_before(folder: Path) -> list[Path]:

@@ -56,7 +56,7 @@ ARROWS = {
     "describe": f"{_CONTRACTS} {_PARTS}",
     "testing": f"{_CONTRACTS} {_PARTS} artifacts context training costing cell runner describe",
     "analysis": "errors results storage serving.records",
-    "verify": f"{_CONTRACTS} {_PARTS} cell provenance runner analysis",
+    "verify": f"{_CONTRACTS} {_PARTS} cell provenance storage runner analysis",
     "launch": (
         f"{_CONTRACTS} {_PARTS} plugins cell artifacts runner tracking describe analysis storage incoming serving hub "
         "verify serving.records"
