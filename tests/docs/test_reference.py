@@ -203,6 +203,8 @@ def test_a_study_is_shown_whole(tmp_path: Path) -> None:
         "tables/summary.md": "# s\n\n## bert\n\n| a |\n",
         "figures/pareto_a.png": "p",
         "figures/drops_a.png": "d",
+        "figures/storage.png": "s",
+        "tables/storage.md": "# s: storage\n\n## On disk, MB\n\n| b |\n",
         "runs/x.json": "{}",
     }
     for name, text in files.items():
@@ -210,12 +212,11 @@ def test_a_study_is_shown_whole(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     made = studies.pages(tmp_path)
-    assert set(made) == {"studies/s.md", "studies/s/pareto_a.png", "studies/s/drops_a.png"}
+    assert set(made) == {"studies/s.md", "studies/s/storage.png", "studies/s/pareto_a.png", "studies/s/drops_a.png"}
     page = made["studies/s.md"]
-    assert page.startswith("# s\n\ntext\n\n## Figures\n\n![Score against") and page.index("pareto_a") < page.index(
-        "drops_a"
-    )
-    assert "\n### bert\n" in page and page.count("# s\n") == 1
+    assert page.startswith("# s\n\ntext\n\n## Figures\n\n![Bytes against the number of tasks](s/storage.png)")
+    assert page.index("](s/storage") < page.index("![Score against") < page.index("![What is lost: a](")
+    assert page.index("\n### On disk, MB\n") < page.index("\n### bert\n") and page.count("# s\n") == 1
 
 
 def test_every_built_in_method_and_public_package_has_an_api_page() -> None:
