@@ -16,6 +16,7 @@ from analysis.serving.report import write_serving
 from analysis.storage import write_storage
 from analysis.style import FORMATS
 from analysis.tables import write_tables
+from bench import results
 from bench.errors import BenchError, suggest
 from bench.serving.records import SERVING_FILE, ServingStore
 from bench.storage import STORAGE_FILE
@@ -47,8 +48,8 @@ class Report:
 
 def studies(results_root: Path) -> list[str]:
     """Name the studies below a results folder: of runs, or of loads that were served."""
-    runs = {folder.parent.name for folder in results_root.glob("*/runs") if folder.is_dir()}
-    return sorted(runs | {path.parent.name for path in results_root.glob(f"*/{SERVING_FILE}")})
+    served = {path.parent.name for path in results_root.glob(f"*/{SERVING_FILE}")}
+    return sorted({*results.studies(results_root), *served})
 
 
 def made_before(folder: Path) -> list[Path]:

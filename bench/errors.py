@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class BenchError(Exception):
@@ -70,3 +74,10 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
     """
     names = sorted(known)
     return ConfigError(f"unknown {what} '{name}'.{suggest(name, names)} Known: {', '.join(names)}.")
+
+
+def first_fault(error: ValidationError) -> str:
+    """Return the first thing that is wrong with some fields: where it is, and what was expected."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg'].lower()}" if where else first["msg"].lower()

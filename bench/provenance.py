@@ -14,11 +14,12 @@ from bench import __version__
 from bench.results import Provenance
 
 PACKAGES = ("torch", "transformers", "datasets", "evaluate", "tokenizers", "peft", "fvcore", "numpy", "scikit-learn")
+_HERE = Path(__file__).resolve().parent
 
 
 def collect(command: list[str]) -> Provenance:
     """Return the provenance of a run that starts now and that ``command`` makes again."""
-    commit, dirty = _git()
+    commit, dirty = _commit()
     return Provenance(
         commit=commit,
         dirty=dirty,
@@ -40,38 +41,30 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git() -> tuple[str | None, bool | None]:
-    """Return the commit of the code that runs and whether it was changed; ``None`` outside a checkout."""
-    here = Path(__file__).resolve().parent
+def git(folder: Path, *words: str) -> str | None:
+    """Return what git says in a folder; ``None`` where there is no git, no repository or no answer."""
     try:
-        # an installed package may lie inside somebody else's repository
-        own = ["git", "-C", str(here), "ls-files", "--error-unmatch", "provenance.py"]
-        subprocess.run(own, capture_output=True, check=True, timeout=10)
-        commit = subprocess.run(
-            ["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
-        )
-        # results are what a sweep writes; only a change to code makes the commit an untrue witness
-        status = subprocess.run(
-            ["git", "-C", here, "status", "--porcelain", "--", ".", "../pyproject.toml"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
+        done = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.rstrip()
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """Return the commit of the code that runs and whether it was changed; ``None`` outside a checkout."""
+    # an installed package may lie inside somebody else's repository
+    if git(_HERE, "ls-files", "--error-unmatch", "provenance.py") is None:
         return None, None
-    return commit.stdout.strip(), bool(status.stdout.strip())
+    commit = git(_HERE, "rev-parse", "HEAD")
+    # results are what a sweep writes; only a change to code makes the commit an untrue witness
+    status = git(_HERE, "status", "--porcelain", "--", ".", "../pyproject.toml")
+    return (None, None) if commit is None or status is None else (commit, bool(status))
 
 
 def changed_since(commit: str) -> list[str] | None:
     """Name the library's files that differ from what they were at ``commit``; ``None`` where git does not know it."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "diff", "--name-only", "--relative", commit, "--", "."]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return [f"bench/{name}" for name in done.stdout.split()]
+    changed = git(_HERE, "diff", "--name-only", "--relative", commit, "--", ".")
+    return None if changed is None else [f"bench/{name}" for name in changed.split()]
 
 
 def _processor() -> str:

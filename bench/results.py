@@ -10,16 +10,16 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bench.errors import BenchError, ConfigError, DamagedResult, MachineError
+from bench.errors import BenchError, ConfigError, DamagedResult, MachineError, first_fault
 
 SCHEMA_VERSION = 1
-_REMEDY = "Move it away and run the cell again."
 
 Status = Literal["running", "done", "failed", "diverged", "skipped", "interrupted"]
+Record = TypeVar("Record", bound=BaseModel)
 
 
 class _Model(BaseModel):
@@ -244,6 +244,15 @@ class RunResult(_Model):
     predictions: str | None = None
     provenance: Provenance
 
+    @property
+    def label(self) -> str:
+        """A short name for people, such as ``sst2 · minilm-l6 · variator k=4 · seed 0``."""
+        config = self.config
+        # a method that has no ratio, such as dense, has none in its identity
+        ratio = (self.identity or config).get("ratio")
+        method = f"{config.get('method')} k={ratio:g}" if ratio else config.get("method")
+        return f"{config.get('task')} · {config.get('backbone')} · {method} · seed {config.get('seed')}"
+
     def evaluation(self, split: str) -> Evaluation | None:
         """Return the evaluation on ``split``, or ``None``."""
         return next((e for e in self.evaluations if e.split == split), None)
@@ -331,7 +340,10 @@ class ResultStore:
             raise BenchError(f"cannot read {path}: {error.strerror}. Correct it, or choose another folder.") from error
         result = parse(content, path)
         if result.run_id != run_id:
-            raise DamagedResult(f"{path} is not a valid result (it is that of run {result.run_id}). {_REMEDY}")
+            raise DamagedResult(
+                f"{path} is not a valid result (it is that of run {result.run_id}). "
+                "Move it away and run the cell again."
+            )
         return result
 
     def quarantine(self, run_id: str) -> Path:
@@ -370,8 +382,27 @@ class ResultStore:
             yield parse(path.read_bytes(), path)
 
 
+def studies(root: Path) -> list[str]:
+    """Name the studies below a results folder."""
+    return sorted(folder.parent.name for folder in root.glob("*/runs") if folder.is_dir())
+
+
 def parse(content: bytes, path: Path) -> RunResult:
-    """Read a result's JSON.
+    """Read a result's JSON; see `parse_as` for what it raises."""
+    return parse_as(RunResult, content, path, "result", "run the cell again")
+
+
+def parse_as(kind: type[Record], content: bytes, path: Path, what: str, again: str) -> Record:
+    """Read a JSON file of one of the kinds that this suite writes.
+
+    Parameters
+    ----------
+    kind
+        What it is.
+    content, path
+        The file's bytes, and where it is, for errors.
+    what, again
+        What people call it, and how they get another one.
 
     Raises
     ------
@@ -382,16 +413,16 @@ def parse(content: bytes, path: Path) -> RunResult:
     """
     try:
         fields = json.loads(content)
-        version = fields.get("schema_version", SCHEMA_VERSION) if isinstance(fields, dict) else SCHEMA_VERSION
-        if isinstance(version, int) and version > SCHEMA_VERSION:
+        version = fields.get("schema_version") if isinstance(fields, dict) else None
+        known = kind.model_fields.get("schema_version")
+        if known and isinstance(version, int) and version > known.default:
             raise BenchError(
-                f"{path} is not a valid result (schema_version is {version}, and this version reads {SCHEMA_VERSION}). "
-                "Update this library, or move the file away and run the cell again."
+                f"{path} is not a valid {what} (schema_version is {version}, and this version reads {known.default}). "
+                f"Update this library, or move the file away and {again}."
             )
-        return RunResult.model_validate(fields)
+        return kind.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+        problem = first_fault(error)
     except ValueError as error:
         problem = str(error)
-    raise DamagedResult(f"{path} is not a valid result ({problem}). {_REMEDY}")
+    raise DamagedResult(f"{path} is not a valid {what} ({problem}). Move it away and {again}.")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from bench.errors import BenchError, DamagedResult
-from bench.results import Provenance, write_atomic
+from bench.errors import BenchError
+from bench.results import Provenance, parse_as, write_atomic
 
 SCHEMA_VERSION = 1
 STORAGE_FILE = "storage.json"
@@ -146,20 +145,9 @@ def read_storage(folder: Path) -> StorageResult | None:
     """
     path = folder / STORAGE_FILE
     try:
-        fields = json.loads(path.read_bytes())
-        version = fields.get("schema_version", SCHEMA_VERSION) if isinstance(fields, dict) else SCHEMA_VERSION
-        if isinstance(version, int) and version > SCHEMA_VERSION:
-            raise BenchError(
-                f"{path} has schema_version {version}, and this version reads {SCHEMA_VERSION}. Update this library."
-            )
-        return StorageResult.model_validate(fields)
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
-    except ValidationError as error:
-        first = error.errors()[0]
-        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
-    except ValueError as error:
-        problem = str(error)
     except OSError as error:
         raise BenchError(f"cannot read {path}: {error.strerror}") from error
-    raise DamagedResult(f"{path} is not a valid measurement ({problem}). Move it away and run `bench storage` again.")
+    return parse_as(StorageResult, content, path, "measurement", "run `bench storage` again")

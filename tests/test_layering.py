@@ -57,12 +57,12 @@ ARROWS = {
     "describe": f"{_CONTRACTS} {_PARTS}",
     "testing": f"{_CONTRACTS} {_PARTS} artifacts context training costing cell runner describe",
     "analysis": "errors results storage serving.records serving.times",
-    "verify": f"{_CONTRACTS} {_PARTS} cell provenance runner analysis",
+    "verify": f"{_CONTRACTS} {_PARTS} cell provenance storage runner analysis serving.records",
     "launch": (
         f"{_CONTRACTS} {_PARTS} plugins cell artifacts runner tracking describe analysis storage incoming serving hub "
         "verify serving.records"
     ),
-    "cli": "version errors results config cell runner tracking describe launch",
+    "cli": "version errors results config cell tracking describe launch",
     "__main__": "team execution cli",
 }
 HEAVY = {"torch", "transformers", "datasets", "pandas", "wandb"}

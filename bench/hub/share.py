@@ -117,9 +117,7 @@ def keep_plugin(folder: Path, out: Path, root: Path, study: str | None = None) -
     return pulled
 
 
-def push_study(
-    store: ResultStore, repo: str, *, private: bool = True, license: str = LICENSE, token: str | None = None
-) -> Pushed:
+def push_study(store: ResultStore, repo: str, *, private: bool = True, license: str = LICENSE) -> Pushed:
     """Send the runs of a study with their predictions, its tables and figures, and a page.
 
     Raises
@@ -135,7 +133,7 @@ def push_study(
     read_storage(store.folder)
     with tempfile.TemporaryDirectory() as scratch:
         parcel = Path(scratch)
-        kinds = ("runs/*.json", "predictions/*.parquet", STORAGE_FILE, "tables/*.*", "figures/*.*")
+        kinds = (*_OF_STUDY, "tables/*.*", "figures/*.*")
         for path in (path for kind in kinds for path in sorted(store.folder.glob(kind))):
             place = parcel / path.relative_to(store.folder)
             place.parent.mkdir(exist_ok=True)
@@ -147,7 +145,7 @@ def push_study(
         card = study_card(store.study, results, summary, readme, license)
         (parcel / CARD_FILE).write_text(card.replace("bench hub pull REPO", f"bench hub pull {repo}"), "utf-8")
         message = f"{len(results)} runs of study {store.study}"
-        return upload(parcel, repo, "dataset", private=private, message=message, token=token)
+        return upload(parcel, repo, "dataset", private=private, message=message)
 
 
 @dataclass(frozen=True)
@@ -166,9 +164,7 @@ class Study:
     names: list[str]
 
 
-def pull_study(
-    repo: str, root: Path, study: str | None = None, revision: str | None = None, token: str | None = None
-) -> Study:
+def pull_study(repo: str, root: Path, study: str | None = None, revision: str | None = None) -> Study:
     """Fetch the runs of a study into the results; what is there stays as it is.
 
     Raises
@@ -176,7 +172,7 @@ def pull_study(
     HubError
         If the repository has no run, or see `bench.hub.client.download`.
     """
-    folder = download(repo, "dataset", _OF_STUDY, revision=revision, token=token)
+    folder = download(repo, "dataset", _OF_STUDY, revision=revision)
     files = sorted((folder / "runs").glob("*.json"))
     if not files:
         raise BenchError(f"{repo} holds no study: it has no runs/*.json")

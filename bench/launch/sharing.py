@@ -10,14 +10,13 @@ from bench.cell import Surroundings
 from bench.errors import BenchError, suggest
 from bench.hub.client import HubError, NoSuchRepo
 from bench.hub.share import PLUGIN_FILES, keep_plugin, pull_plugin, pull_study, push_plugin, push_study
+from bench.incoming import Pulled
 from bench.launch.display import console, say
 from bench.launch.remote import print_pulled
-from bench.results import ResultStore, RunResult
+from bench.results import ResultStore, RunResult, studies
 
 
-def push_and_print(
-    what: str, repo: str, results: Path, where: Surroundings, *, private: bool = True, license: str = "apache-2.0"
-) -> None:
+def push_and_print(what: str, repo: str, results: Path, where: Surroundings, *, private: bool, license: str) -> None:
     """Send a study, the plugin of a run, or a plugin's folder, and say where it is.
 
     Raises
@@ -36,7 +35,7 @@ def push_and_print(
         predictions = store.predictions_path(what)
         pushed = push_plugin(plugin, repo, result=result, predictions=predictions, private=private, license=license)
     else:
-        known = sorted(path.parent.name for path in results.glob("*/runs") if path.is_dir())
+        known = studies(results)
         if what not in known:
             raise BenchError(
                 f"'{what}' is no study or run in {results}, and no folder of a plugin.{suggest(what, known)} "
@@ -96,7 +95,7 @@ def pull_and_print(repo: str, results: Path, study: str | None, revision: str | 
         _check(folder)
         place = out or Path("plugins") / repo.split("/")[1]
         pulled = keep_plugin(folder, place, results, study)
-        code = print_pulled(pulled, results, study) if pulled != type(pulled)() else 0
+        code = print_pulled(pulled, results, study) if pulled != Pulled() else 0
         say(console(), f"plugin: {place}")
         return code
     code = print_pulled(fetched.pulled, results, study)

@@ -81,7 +81,7 @@ def _states(
         if result is not None:
             known = blind and run_id in submitted
             state = _state(result, jobs.get(run_id), known or is_held(store.lock_path(run_id)))
-            yield run_id, state, f"{_label(result)} ({run_id}): {one_line(result.reason or '')}"
+            yield run_id, state, f"{result.label} ({run_id}): {one_line(result.reason or '')}"
     for run_id, label in submitted.items():
         if run_id in paths:
             continue
@@ -100,11 +100,3 @@ def _state(result: RunResult, job: Job | None, trusted: bool) -> str:
     if job and (begun or (job.state == "queued" and not settled)):
         return job.state
     return "interrupted" if result.status == "running" and not trusted else result.status
-
-
-def _label(result: RunResult) -> str:
-    config = result.config
-    ratio = f" k={config['ratio']:g}" if config.get("ratio") and config.get("method") != "dense" else ""
-    return (
-        f"{config.get('task')} · {config.get('backbone')} · {config.get('method')}{ratio} · seed {config.get('seed')}"
-    )

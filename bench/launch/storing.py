@@ -48,8 +48,8 @@ def store_and_print(
     studies = sorted({sweep.study for sweep in read})
     if study is None and len(studies) > 1:
         raise BenchError(f"the sweeps belong to studies {' and '.join(studies)}; say with --study where this goes")
-    configs = list(dict.fromkeys(config.model_dump_json() for sweep in read for config in sweep.configs))
-    cells = [type(read[0].configs[0]).model_validate_json(config) for config in configs]
+    # several sweeps may list one cell
+    cells = list({config.model_dump_json(): config for sweep in read for config in sweep.configs}.values())
     store = ResultStore(results, study or studies[0])
     if any(cell.pending or cell.state == "error" for cell in plan(cells, store, where, "missing")) and run_and_print(
         cells, store, where, "missing", summary=True

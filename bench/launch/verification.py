@@ -13,7 +13,7 @@ from rich.console import Console
 from analysis.report import studies
 from bench.cell import Surroundings
 from bench.config import RunConfig
-from bench.errors import BenchError, ConfigError, DamagedResult, suggest
+from bench.errors import BenchError, ConfigError, suggest
 from bench.launch.display import Display, clock, console, one_line, say
 from bench.launch.plan import estimate_seconds, observed_rate, plan
 from bench.results import ResultStore, RunResult
@@ -139,7 +139,7 @@ def _read(store: ResultStore) -> tuple[list[RunResult], list[str]]:
         try:
             if result := store.read(path.stem):
                 results.append(result)
-        except (DamagedResult, BenchError) as error:
+        except BenchError as error:
             damaged.append(one_line(str(error)))
     return results, damaged
 
@@ -163,7 +163,7 @@ def _print_judgement(judgement: Judgement, result: RunResult, fresh: bool, out: 
     if judgement.found:
         # in a fresh cache it can only be what a run before this one has made
         stages.append(f"{', '.join(judgement.found)} {'as above' if fresh else 'from the cache'}")
-    what = "; ".join([f"{_label(result)} ({result.run_id}){reason}", *stages])
+    what = "; ".join([f"{result.label} ({result.run_id}){reason}", *stages])
     say(out, f"{judgement.outcome}: {what}")
     shown = sorted(judgement.differences, key=lambda difference: difference.within)
     for difference in shown[:SHOWN]:
@@ -173,14 +173,6 @@ def _print_judgement(judgement: Judgement, result: RunResult, fresh: bool, out: 
     if judgement.outcome != "identical":
         for cause in judgement.causes:
             say(out, f"  cause seen: {cause}")
-
-
-def _label(result: RunResult) -> str:
-    config = result.config
-    ratio = f" k={config['ratio']:g}" if result.identity.get("ratio") else ""
-    return (
-        f"{config.get('task')} · {config.get('backbone')} · {config.get('method')}{ratio} · seed {config.get('seed')}"
-    )
 
 
 def _print_summary(judgements: Sequence[Judgement], unreadable: int, out: Console) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from bench import __version__
 from bench.backbones.sites import EncoderView
-from bench.errors import PluginError
+from bench.errors import PluginError, first_fault
 from bench.measure.closed_form import Compression, Decompression
 from bench.plugins.layers import CompressionPair
 
@@ -260,11 +260,7 @@ class Plugin(nn.Module):
         except FileNotFoundError:
             raise PluginError(f"{folder} holds no plugin: {CONFIG_FILE} is missing") from None
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise PluginError(
-                f"{folder / CONFIG_FILE} is no plugin's config: {where}: {first['msg'].lower()}"
-            ) from None
+            raise PluginError(f"{folder / CONFIG_FILE} is no plugin's config: {first_fault(error)}") from None
         except (OSError, ValueError) as error:
             raise PluginError(f"{folder / CONFIG_FILE} cannot be read: {error}") from None
         plugin = cls(config)

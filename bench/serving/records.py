@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from bench.errors import DamagedResult
-from bench.results import Provenance, write_atomic
+from bench.results import Provenance, Record, parse_as, write_atomic
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA_VERSION = 1
 SERVING_FILE = "serving.json"
+SERVING_FOLDERS = ("cells", "tallies", "requests")
 Mode = Literal["real", "simulated"]
 QUANTILES = (0.5, 0.95, 0.99)
 
@@ -341,12 +340,5 @@ class ServingStore:
             yield _parse(path, ServingCell)
 
 
-def _parse(path: Path, cls: type[Any]) -> Any:
-    try:
-        return cls.model_validate(json.loads(path.read_bytes()))
-    except ValidationError as error:
-        first = error.errors()[0]
-        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
-    except ValueError as error:
-        problem = str(error)
-    raise DamagedResult(f"{path} is not a valid result of serving ({problem}). Remove it, and serve again.")
+def _parse(path: Path, kind: type[Record]) -> Record:
+    return parse_as(kind, path.read_bytes(), path, "result of serving", "serve again")

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from bench.errors import ConfigError, suggest, unknown
+from bench.errors import ConfigError, first_fault, suggest, unknown
 
 Choice = TypeVar("Choice")
 
@@ -51,9 +51,7 @@ def read(text: str, what: str, known: Mapping[str, type[Choice]]) -> Choice:
     try:
         return TypeAdapter(cls).validate_python(given)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{what} '{text}': {where + ': ' if where else ''}{first['msg'].lower()}") from None
+        raise ConfigError(f"{what} '{text}': {first_fault(error)}") from None
 
 
 def written(name: str, choice: Any) -> str:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from bench.backbones.source import local_folder
 from bench.cell import Cell, Surroundings
 from bench.config import RunConfig
-from bench.errors import BenchError, ConfigError, suggest
+from bench.errors import BenchError, ConfigError, first_fault, suggest
 from bench.progress import Progress
 from bench.results import ResultStore, RunResult
 from bench.runner import run
@@ -146,9 +146,7 @@ def recorded_config(recorded: RunResult, elsewhere: Elsewhere, links: Path) -> R
     try:
         config = RunConfig.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"this version cannot read its configuration: {key}: {first['msg'].lower()}") from None
+        raise ConfigError(f"this version cannot read its configuration: {first_fault(error)}") from None
     config.build_method()  # raises for an option that is no more
     if own := elsewhere.tasks.get(config.task):
         config = config.model_copy(update={"task": str(own)})

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
-import subprocess
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from analysis.page import PAGE
 from analysis.report import regenerate
+from bench.provenance import git
 from bench.results import ResultStore
+from bench.serving.records import SERVING_FILE, SERVING_FOLDERS
+from bench.storage import STORAGE_FILE
 
 KINDS = ("tables", "figures")
+SOURCES = ("runs", "predictions", STORAGE_FILE, SERVING_FILE, *SERVING_FOLDERS)
+"""What a study's tables and figures are made of."""
 SVG_TOLERANCE = 0.05
 """Points by which what a figure draws may be moved, where another version of matplotlib drew it."""
 PIXEL_TOLERANCE = 0.005
@@ -84,9 +88,9 @@ def compile_again(store: ResultStore, scratch: Path) -> Compilation:
     """
     copy = scratch / store.study
     copy.mkdir(parents=True)
-    for path in store.folder.iterdir():
-        if path.name not in (*KINDS, PAGE):
-            (copy / path.name).symlink_to(path.resolve(), target_is_directory=path.is_dir())
+    for name in SOURCES:
+        if (store.folder / name).exists():
+            (copy / name).symlink_to((store.folder / name).resolve())
     report = regenerate(scratch, store.study)
     committed, made = _files(store.folder), _files(copy)
     drawn_by = _drawn_by(committed), _drawn_by(made)
@@ -128,8 +132,9 @@ def _compare(name: str, committed: Path | None, made: Path | None, other_version
     compare = {".svg": _svg, ".png": _png, ".pdf": _pdf}.get(committed.suffix)
     if compare is None:
         return Compared(name, "different", _first_difference(before, now, is_csv=committed.suffix == ".csv"))
-    close, text = compare(before, now)
-    return Compared(name, "within tolerance" if close and other_version else "different", text)
+    distance, text = compare(before, now)
+    within = distance == 0 or (distance <= 1 and other_version)
+    return Compared(name, "within tolerance" if within else "different", text)
 
 
 def _first_difference(before: bytes, now: bytes, is_csv: bool) -> str:
@@ -155,10 +160,13 @@ def _first_difference(before: bytes, now: bytes, is_csv: bool) -> str:
 
 _NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
 _NAME = re.compile(r"\b[a-z]{1,2}[0-9a-f]{10}\b")
-"""An element that matplotlib names by a hash of what it draws."""
+"""An element that matplotlib names by a hash of what it draws, to digits that it does not write and layout may turn."""
 
 
-def _svg(before: bytes, now: bytes) -> tuple[bool, str]:
+# each returns how far apart two files are, 1 being the tolerance and 0 the same drawing, and what differs
+
+
+def _svg(before: bytes, now: bytes) -> tuple[float, str]:
     """Compare what two SVG files draw: their words exactly, their numbers to a tolerance."""
     texts = [
         _NAME.sub("", re.sub(r"<metadata>.*?</metadata>", "", content.decode("utf-8", "replace"), flags=re.DOTALL))
@@ -168,16 +176,16 @@ def _svg(before: bytes, now: bytes) -> tuple[bool, str]:
     if words[0] != words[1]:
         pairs = itertools.zip_longest(*words)
         old, new = next(pair for pair in pairs if pair[0] != pair[1])
-        return False, f"it says {old!r}, made again {new!r}"
+        return math.inf, f"it says {old!r}, made again {new!r}"
     forms = [_NUMBER.sub("#", text) for text in texts]
     if forms[0] != forms[1]:
-        return False, "it draws other elements"
+        return math.inf, "it draws other elements"
     numbers = [[float(number) for number in _NUMBER.findall(text)] for text in texts]
     largest = max((abs(a - b) for a, b in zip(*numbers, strict=True)), default=0.0)
-    return largest <= SVG_TOLERANCE, f"the same elements, up to {largest:.3g} apart"
+    return largest / SVG_TOLERANCE, f"the same elements, up to {largest:.3g} apart"
 
 
-def _png(before: bytes, now: bytes) -> tuple[bool, str]:
+def _png(before: bytes, now: bytes) -> tuple[float, str]:
     """Compare the pixels of two pictures."""
     import io
 
@@ -187,19 +195,19 @@ def _png(before: bytes, now: bytes) -> tuple[bool, str]:
     try:
         old, new = (np.asarray(imread(io.BytesIO(content), format="png")) for content in (before, now))
     except Exception as error:  # Pillow has several for what is torn
-        return False, f"it is no picture: {error}"
+        return math.inf, f"it is no picture: {error}"
     if old.shape != new.shape:
-        return False, f"it has {old.shape[1]} × {old.shape[0]} pixels, made again {new.shape[1]} × {new.shape[0]}"
+        return math.inf, f"it has {old.shape[1]} × {old.shape[0]} pixels, made again {new.shape[1]} × {new.shape[0]}"
     share = float((old != new).any(axis=-1).mean())
-    return share <= PIXEL_TOLERANCE, f"{share:.2%} of its pixels differ"
+    return share / PIXEL_TOLERANCE, f"{share:.2%} of its pixels differ"
 
 
-def _pdf(before: bytes, now: bytes) -> tuple[bool, str]:
+def _pdf(before: bytes, now: bytes) -> tuple[float, str]:
     """Compare the drawing of two PDF files, which zlib and the names of versions may wrap otherwise."""
     streams = [list(_streams(content)) for content in (before, now)]
     if streams[0] == streams[1] and streams[0]:
-        return True, "the same drawing, wrapped otherwise"
-    return False, "it draws something else"
+        return 0.0, "the same drawing, wrapped otherwise"
+    return math.inf, "it draws something else"
 
 
 def _streams(content: bytes) -> Iterator[bytes]:
@@ -212,26 +220,18 @@ def _streams(content: bytes) -> Iterator[bytes]:
 
 def _history(folder: Path, names: list[str]) -> list[str]:
     """Say by git what happened to files that differ, and to what they are made of, since they were committed."""
-
-    def git(*words: Any) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True, timeout=10)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip()
-
-    top = git("rev-parse", "--show-toplevel")
+    top = git(folder, "rev-parse", "--show-toplevel")
     causes = []
-    edited = (git("status", "--porcelain", "--", *names) or "").splitlines() if names else []
+    edited = (git(folder, "status", "--porcelain", "--", *names) or "").splitlines() if names else []
     if edited:
         causes.append(f"record: not as committed: {', '.join(sorted(Path(line[3:]).name for line in edited))}")
-    commits = {commit for name in names if (commit := git("log", "-1", "--format=%H", "--", name))}
+    commits = {commit for name in names if (commit := git(folder, "log", "-1", "--format=%H", "--", name))}
     for commit in sorted(commits):
-        sources = (("data", ("runs", "predictions"), "results of this study"),
-                   ("code", (f"{top}/analysis", f"{top}/bench/results.py"), "files of the analysis"))  # fmt: skip
+        code = (f"{top}/analysis", f"{top}/bench/results.py", f"{top}/bench/storage.py")
+        sources = (("data", SOURCES, "results of this study"), ("code", code, "files of the analysis"))
         for kind, paths, what in sources:
-            changed = (git("diff", "--name-only", commit, "--", *paths) or "").splitlines()
-            changed += (git("ls-files", "--others", "--exclude-standard", "--", *paths) or "").splitlines()
+            changed = (git(folder, "diff", "--name-only", commit, "--", *paths) or "").splitlines()
+            changed += (git(folder, "ls-files", "--others", "--exclude-standard", "--", *paths) or "").splitlines()
             if changed:
                 causes.append(f"{kind}: since commit {commit[:8]}, {len(changed)} {what} changed, such as {changed[0]}")
     return list(dict.fromkeys(causes)) or [

@@ -15,7 +15,7 @@ ELSEWHERE = (
     (re.compile(r"(docs/notebooks/\w+)\.ipynb"), r"\1.md"),
 )
 """File in the repository -> what shows it in the site."""
-MODULES = {"bench/config.py": "docs/reference/config.md", "bench/cli.py": "docs/reference/cli.md"} | {
+MODULES = {"bench/config.py": "docs/reference/config.md"} | {
     f"{module.replace('.', '/')}.py": f"docs/reference/api/{page}.md"
     for page, section in api.sections().items()
     for module in section.modules

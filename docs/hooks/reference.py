@@ -13,7 +13,8 @@ import click
 from pydantic import TypeAdapter
 
 import analysis.__main__
-from bench import cli
+from bench.cli import main
+from bench.cli.keys import KeyOption
 from bench.config import RECIPES, RunConfig
 from bench.describe import Key, attributes, keys
 from bench.methods.base import Method
@@ -249,7 +250,7 @@ def cli_page() -> str:
         "# Command line",
         "`bench --help` and `bench COMMAND --help` print what follows. So does `python -m bench --help`. "
         "Exit codes: 0 all done, 1 a cell failed, 2 a mistake in what was asked for, 130 stopped.",
-        *(_command(f"bench {name}", command) for name, command in cli.main.commands.items()),
+        *(_command(f"bench {name}", command) for name, command in main.commands.items()),
         _command("python -m analysis", analysis.__main__.main),
     ]
     return "\n\n".join(parts) + "\n"
@@ -264,7 +265,7 @@ def _command(name: str, command: click.Command, level: int = 2) -> str:
     usage = " ".join([name, *command.collect_usage_pieces(context)])
     parts = [head, f"```text\n{usage}\n```", *_help(command.help or "")]
     options = [p for p in command.params if isinstance(p, click.Option)]
-    every_key = [p for p in options if isinstance(p, cli._Key)]
+    every_key = [p for p in options if isinstance(p, KeyOption)]
     rows = [_option(option, context) for option in options if option not in every_key and not option.hidden]
     if rows:
         parts.append(table(("option", "default", "meaning"), rows))

@@ -1,12 +1,18 @@
-"""A page for each committed study: its README, its table and its figures."""
+"""A page for each committed study: its README, its tables and its figures."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-FIRST = ("pareto_overview", "pareto_", "drops_", "latency_")
-CAPTIONS = {"pareto": "Score against remaining encoder FLOPs", "drops": "What is lost", "latency": "Time against FLOPs"}
+FIRST = ("storage", "pareto_overview", "pareto_", "drops_", "latency_")
+CAPTIONS = {
+    "storage": "Bytes against the number of tasks",
+    "pareto": "Score against remaining encoder FLOPs",
+    "drops": "What is lost",
+    "latency": "Time against FLOPs",
+}
+TABLES = ("storage.md", "summary.md")
 
 
 def pages(results: Path) -> dict[str, str | bytes]:
@@ -27,11 +33,11 @@ def _page(folder: Path, figures: list[Path]) -> str:
     if figures:
         parts.append("## Figures")
         parts += [f"![{_caption(figure.stem)}]({folder.name}/{figure.name}){{ loading=lazy }}" for figure in figures]
-    summary = folder / "tables" / "summary.md"
-    if summary.is_file():
+    tables = [path.read_text("utf-8") for name in TABLES if (path := folder / "tables" / name).is_file()]
+    if tables:
         # one level down, below this page's own title
-        table = re.sub(r"^#", "##", re.sub(r"\A# .*\n", "", summary.read_text("utf-8")), flags=re.M)
-        parts += ["## Tables", table.strip()]
+        parts.append("## Tables")
+        parts += [re.sub(r"^#", "##", re.sub(r"\A# .*\n", "", table), flags=re.M).strip() for table in tables]
     return "\n\n".join(parts) + "\n"
 
 
@@ -41,4 +47,4 @@ def _order(figure: Path) -> tuple[int, str]:
 
 def _caption(stem: str) -> str:
     kind, _, of = stem.partition("_")
-    return f"{CAPTIONS.get(kind, kind)}: {of.replace('_', ', ')}"
+    return ": ".join([CAPTIONS.get(kind, kind), *([of.replace("_", ", ")] if of else [])])

@@ -11,6 +11,7 @@ import click
 import pytest
 
 import bench.cli
+from bench.cli.keys import KeyOption
 from bench.config import RunConfig, run_id
 from bench.describe import keys
 from bench.registry import methods
@@ -118,7 +119,7 @@ def test_every_command_and_option_is_on_the_page_of_commands() -> None:
     for name, command in _all_commands(bench.cli.main, "bench").items():
         section = re.split(rf"^#+ {re.escape(name)}$", page, flags=re.M)[1].partition("\n## ")[0]
         options = [p for p in command.params if isinstance(p, click.Option)]
-        own = [option for option in options if not isinstance(option, bench.cli._Key)]
+        own = [option for option in options if not isinstance(option, KeyOption)]
         assert [o.opts[0] for o in own if f"`{o.opts[0]}" not in section] == [], name
         assert ("keys of the [configuration]" in section) == (len(own) < len(options))
         for option in own:
@@ -202,6 +203,8 @@ def test_a_study_is_shown_whole(tmp_path: Path) -> None:
         "tables/summary.md": "# s\n\n## bert\n\n| a |\n",
         "figures/pareto_a.png": "p",
         "figures/drops_a.png": "d",
+        "figures/storage.png": "s",
+        "tables/storage.md": "# s: storage\n\n## On disk, MB\n\n| b |\n",
         "runs/x.json": "{}",
     }
     for name, text in files.items():
@@ -209,12 +212,11 @@ def test_a_study_is_shown_whole(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     made = studies.pages(tmp_path)
-    assert set(made) == {"studies/s.md", "studies/s/pareto_a.png", "studies/s/drops_a.png"}
+    assert set(made) == {"studies/s.md", "studies/s/storage.png", "studies/s/pareto_a.png", "studies/s/drops_a.png"}
     page = made["studies/s.md"]
-    assert page.startswith("# s\n\ntext\n\n## Figures\n\n![Score against") and page.index("pareto_a") < page.index(
-        "drops_a"
-    )
-    assert "\n### bert\n" in page and page.count("# s\n") == 1
+    assert page.startswith("# s\n\ntext\n\n## Figures\n\n![Bytes against the number of tasks](s/storage.png)")
+    assert page.index("](s/storage") < page.index("![Score against") < page.index("![What is lost: a](")
+    assert page.index("\n### On disk, MB\n") < page.index("\n### bert\n") and page.count("# s\n") == 1
 
 
 def test_every_built_in_method_and_public_package_has_an_api_page() -> None:
