@@ -145,7 +145,7 @@ def test_a_file_that_holds_anything_else_is_an_error(tmp_path: Path, text: str, 
 def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read arrivals of .*nowhere\.txt: No such file"):
         Replay(tmp_path / "nowhere.txt").arrivals(1, 1, np.random.default_rng(0))
-    with pytest.raises(ConfigError, match="cannot read arrivals of .*: Is a directory"):
+    with pytest.raises(ConfigError, match=r"cannot read arrivals of .*: Is a directory"):
         Replay(tmp_path).arrivals(1, 1, np.random.default_rng(0))
     (tmp_path / "trace.gz").write_bytes(b"\x1f\x8b\xff\xfe")
     with pytest.raises(ConfigError, match=r"trace\.gz: arrivals are one number"):
