@@ -7,10 +7,9 @@ from pathlib import Path
 
 import click
 
-from analysis.report import regenerate
+from analysis.report import regenerate, studies
 from analysis.style import FORMATS
 from bench.errors import BenchError
-from bench.results import studies
 
 
 def _formats(_context: click.Context, _parameter: click.Parameter, value: str) -> list[str]:

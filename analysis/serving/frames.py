@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis.statistics import NO_BOUNDS, RESAMPLES, Array, Bounds, percentile_bounds, t_interval
+from analysis.statistics import RESAMPLES, Array, Bounds, percentile_bounds, t_interval
 from bench.serving.records import ServingCell, ServingStore, ServingStudy, Tally
 
 MILLISECONDS = 1e3
@@ -98,7 +98,14 @@ def _key(cell: ServingCell) -> tuple[Condition, str, str]:
 
 def _order(group: Group, study: ServingStudy) -> tuple[object, ...]:
     engines = [calibration.engine for calibration in study.calibrations]
-    return group.condition, engines.index(group.engine), not group.static, group.policy
+    # static:k=16 comes after static:k=2
+    return (
+        group.condition,
+        engines.index(group.engine),
+        not group.static,
+        len(group.policy) * group.static,
+        group.policy,
+    )
 
 
 def served_frame(serving: Serving) -> pd.DataFrame:
@@ -159,7 +166,7 @@ def differences_frame(serving: Serving) -> pd.DataFrame:
             drawn = _resampled(sums[0], a.tally, draws) - _resampled(sums[1], b.tally, draws)
             row |= _with_bounds(name, value, percentile_bounds(drawn))
         paired = a.over_seeds("in_time") - b.over_seeds("in_time")
-        row |= _with_bounds("in_time", float(paired.mean()), t_interval(paired) if len(paired) > 1 else NO_BOUNDS)
+        row |= _with_bounds("in_time", float(paired.mean()), t_interval(paired))
         rows.append(row)
     return pd.DataFrame(rows)
 

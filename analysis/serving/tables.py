@@ -16,13 +16,6 @@ from analysis.serving.frames import MILLISECONDS, Condition, Serving, agreement_
 from bench.serving.records import Calibration
 from bench.serving.times import ServiceTimes
 
-TABLES = (
-    "serving.csv",
-    "serving.md",
-    "serving.tex",
-    "serving_differences.csv",
-    "serving_agreement.csv",
-)
 HEAD = ("engine", "policy", "accuracy, %", "in time, %", "right in time, %", "p50, ms", "p95, ms", "p99, ms",
         "answers/s", "share at k, %")  # fmt: skip
 CONDITION = list(Condition._fields)
@@ -37,11 +30,11 @@ NOTES = (
 
 
 def tables(serving: Serving) -> dict[str, str]:
-    """Return the text of each table by file name."""
+    """Return the text of each table by file name; there is none of what was not compared."""
     served, differences, agreement = served_frame(serving), differences_frame(serving), agreement_frame(serving)
     texts = {"serving.csv": served, "serving_differences.csv": differences, "serving_agreement.csv": agreement}
     return {
-        **{name: frame.to_csv(index=False, lineterminator="\n") for name, frame in texts.items()},
+        **{name: frame.to_csv(index=False, lineterminator="\n") for name, frame in texts.items() if len(frame)},
         "serving.md": _markdown(serving, served, differences, agreement),
         "serving.tex": _latex(serving, served),
     }

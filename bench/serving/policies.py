@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -166,4 +167,8 @@ def policies() -> dict[str, type[Policy]]:
 def _read(name: str, found: object) -> type[Policy]:
     if not (isinstance(found, type) and issubclass(found, Policy)):
         raise TypeError(f"{found!r} is no subclass of bench.serving.policies.Policy")
+    if inspect.isabstract(found):
+        raise TypeError(f"{found!r} has no method choose")
+    if getattr(found, "name", None) != name:  # results name the policy, and a command made of one must find it
+        raise ValueError(f"its name is {getattr(found, 'name', None)!r}; give the entry point the same name")
     return found

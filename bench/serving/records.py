@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from bench.errors import DamagedResult
 from bench.results import Provenance, Record, parse_as, write_atomic
 
 if TYPE_CHECKING:
@@ -312,17 +313,25 @@ class ServingStore:
         write_atomic(self.folder / "cells" / f"{cell.cell_id}.json", (cell.model_dump_json(indent=1) + "\n").encode())
 
     def tally(self, cell: ServingCell) -> Tally:
-        """Return a cell's requests, counted by example."""
-        import pandas as pd
+        """Return a cell's requests, counted by example.
 
-        frame = pd.read_parquet(self.folder / self._tally(cell.cell_id))
+        Raises
+        ------
+        DamagedResult
+            If the file is torn or missing.
+        """
+        frame = self._read(self._tally(cell.cell_id), cell)
         return Tally(*(frame[name].to_numpy(np.float64) for name in Tally.__dataclass_fields__))
 
     def requests(self, cell: ServingCell) -> pd.DataFrame:
-        """Return the single requests of a cell that kept them, in the order of arrival."""
-        import pandas as pd
+        """Return the single requests of a cell that kept them, in the order of arrival.
 
-        return pd.read_parquet(self.folder / str(cell.requests))
+        Raises
+        ------
+        DamagedResult
+            If the file is torn or missing.
+        """
+        return self._read(str(cell.requests), cell)
 
     @staticmethod
     def _tally(cell_id: str) -> str:
@@ -334,6 +343,17 @@ class ServingStore:
         content = io.BytesIO()
         pd.DataFrame(columns).to_parquet(content, index=False, compression="zstd")
         write_atomic(self.folder / name, content.getvalue())
+
+    def _read(self, name: str, cell: ServingCell) -> pd.DataFrame:
+        import pandas as pd
+
+        try:
+            return pd.read_parquet(self.folder / name)
+        except (OSError, ValueError) as error:  # pyarrow's own are of these kinds
+            raise DamagedResult(
+                f"{self.folder / name} cannot be read ({str(error).splitlines()[0]}). "
+                f"Remove cells/{cell.cell_id}.json, and serve again."
+            ) from None
 
     def __iter__(self) -> Iterator[ServingCell]:
         for path in sorted((self.folder / "cells").glob("*.json")):

@@ -29,8 +29,8 @@ def simulate(queue: Queue, scores: dict[int, NDArray[np.float32]], rng: np.rando
     idle = simpy.Resource(environment, queue.replicas)
     requests, times = queue.requests, queue.times
 
-    def run(batch: Batch, held: simpy.resources.resource.Request) -> Generator[simpy.Event]:
-        started, rows = environment.now, slice(batch.first, batch.last)
+    def run(batch: Batch, started: float, held: simpy.resources.resource.Request) -> Generator[simpy.Event]:
+        rows = slice(batch.first, batch.last)
         length = int(requests.lengths[rows].max())
         yield environment.timeout(times.draw(batch.k, batch.last - batch.first, length, rng))
         queue.answer(batch, started, environment.now, scores[batch.k][requests.example[rows]])
@@ -43,7 +43,8 @@ def simulate(queue: Queue, scores: dict[int, NDArray[np.float32]], rng: np.rando
             if arrival > environment.now:
                 yield environment.timeout(arrival - environment.now)
             # a sum of floats may fall short of the time that it was to reach
-            environment.process(run(queue.take(max(environment.now, arrival)), held))
+            now = max(environment.now, arrival)
+            environment.process(run(queue.take(now), now, held))
 
     environment.process(dispatch())
     environment.run()

@@ -41,12 +41,14 @@ def read(text: str, what: str, known: Mapping[str, type[Choice]]) -> Choice:
         field, equals, value = part.partition("=")
         if not equals:
             if index or not fields:
-                raise ConfigError(f"{what} '{text}': '{part}' is no field=value{_fields(name, fields)}")
+                raise ConfigError(f"{what} '{text}': '{part}' is no field=value.{_fields(name, fields)}")
             field, value = fields[0], part
         if field not in fields:
             raise ConfigError(
                 f"{what} '{text}': unknown field '{field}'.{suggest(field, fields)}{_fields(name, fields)}"
             )
+        if field in given:
+            raise ConfigError(f"{what} '{text}': '{field}' is given twice")
         given[field] = value
     try:
         return TypeAdapter(cls).validate_python(given)
@@ -56,9 +58,8 @@ def read(text: str, what: str, known: Mapping[str, type[Choice]]) -> Choice:
 
 def written(name: str, choice: Any) -> str:
     """Return the text that `read` would build ``choice`` from, every field named."""
-    fields = ",".join(
-        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in vars(choice).items()
-    )
+    # not rounded: results are found by this text, and another number is another choice
+    fields = ",".join(f"{key}={str(value).removesuffix('.0')}" for key, value in vars(choice).items())
     return f"{name}:{fields}" if fields else name
 
 
