@@ -91,7 +91,9 @@ def off_target_note(table: pd.DataFrame) -> str:
 
 def _incomplete(table: pd.DataFrame) -> str:
     lacking = table[table["missing_tasks"] != ""]
-    names = [f"{row.series} at ratio {row.ratio:g} (lacks {row.missing_tasks})" for row in lacking.itertuples()]
+    at = ["" if pd.isna(ratio) else f" at k = {ratio:g}" for ratio in lacking["ratio"]]
+    cells = zip(lacking["series"], at, lacking["missing_tasks"], strict=True)
+    names = [f"{series}{ratio} (lacks {missing})" for series, ratio, missing in cells]
     return f"No average is given where a task is missing: {'; '.join(names)}." if names else ""
 
 
