@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -92,10 +91,9 @@ def off_target_note(table: pd.DataFrame) -> str:
 
 def _incomplete(table: pd.DataFrame) -> str:
     lacking = table[table["missing_tasks"] != ""]
-    names = [
-        f"{series}{'' if math.isnan(ratio) else f' at ratio {ratio:g}'} (lacks {tasks})"
-        for series, ratio, tasks in zip(lacking["series"], lacking["ratio"], lacking["missing_tasks"], strict=True)
-    ]
+    at = ["" if pd.isna(ratio) else f" at k = {ratio:g}" for ratio in lacking["ratio"]]
+    cells = zip(lacking["series"], at, lacking["missing_tasks"], strict=True)
+    names = [f"{series}{ratio} (lacks {missing})" for series, ratio, missing in cells]
     return f"No average is given where a task is missing: {'; '.join(names)}." if names else ""
 
 

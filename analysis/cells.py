@@ -71,7 +71,7 @@ def cells(study: Study, predictions: Predictions | None = None) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     table = pd.concat([table, _averages(table, numbers, score_draws, gap_draws)], ignore_index=True)
     table["drop_percent"] = 100 * table["drop"] / table["teacher_score"]
-    return _marked(table)
+    return marked(table)
 
 
 def _with_teachers(done: pd.DataFrame) -> pd.DataFrame:
@@ -181,7 +181,18 @@ def _means(rows: pd.DataFrame) -> dict[str, float]:
     return {str(name): value for name, value in rows.mean().items()}
 
 
-def _marked(table: pd.DataFrame) -> pd.DataFrame:
+def defaults(table: pd.DataFrame) -> pd.DataFrame:
+    """Keep the cells that a comparison of methods is about: each method as it is by default, and the teachers.
+
+    Of a method that no run of a backbone has by default, all cells stay. Fronts and best scores are of what is kept.
+    """
+    is_default = table["series"] == table["method"]
+    has_default = is_default.groupby([table["backbone"], table["method"]]).transform("any")
+    return marked(table[is_default | ~has_default | (table["method"] == DENSE)].copy())
+
+
+def marked(table: pd.DataFrame) -> pd.DataFrame:
+    """Say which cells are on the front of their backbone and task, and which are the best at their ratio."""
     table["on_front"], table["best"] = False, False
     for _, block in groups(table, ["backbone", "task"]):
         table.loc[block.index, "on_front"] = pareto_front(block["remaining"].to_numpy(), block["score"].to_numpy())

@@ -14,10 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
+from scipy.optimize import isotonic_regression
 
 from analysis import words
-from analysis.cells import AVERAGE
-from analysis.drops import drops_figure
+from analysis.cells import AVERAGE, defaults
+from analysis.drops import drops_figure, options_figure
 from analysis.frames import DENSE, Study, groups
 from analysis.labels import Label, place
 from analysis.latency import latency_figure
@@ -31,14 +32,14 @@ LONGEST_NAME = 18
 """Characters up to which series are named beside their lines, and not in a legend."""
 CROWDED = 8
 """Series from which a legend names them all, in two columns of a wider figure."""
-MANY_VARIANTS = 4
-"""Series of one method from which they have a figure of their own."""
-SIDE_BY_SIDE = 0.9
-"""Percentage points between marks of equal cost, which would else hide each other's error bars."""
+SIDE_BY_SIDE, SPREAD = 0.9, 4.0
+"""Percentage points between marks of equal cost, which would hide each other's bars, and at most from end to end."""
 
 
 def write_figures(study: Study, table: pd.DataFrame, formats: Sequence[str] = FORMATS) -> list[Path]:
     """Write ``figures/`` of a study and return the paths; figures of earlier runs that no longer exist are removed.
+
+    Methods are compared as they are by default; ``options_*`` shows what their options do.
 
     Parameters
     ----------
@@ -53,41 +54,31 @@ def write_figures(study: Study, table: pd.DataFrame, formats: Sequence[str] = FO
     paths: list[Path] = []
     if len(table):
         styles, names = looks(table["series"]), words.short_names(table["backbone"])
-        shown = table[table["score"].notna() & table["remaining"].notna()]
+        scored = table[table["score"].notna() & table["remaining"].notna()]
+        shown = defaults(scored)
         with mpl.rc_context(RC):
-            main = without_variants(shown)
-            for (backbone, task), rows in groups(main, ["backbone", "task"]):
+            for (backbone, task), rows in groups(shown, ["backbone", "task"]):
                 stem = folder / f"pareto_{words.slug(names[backbone])}_{words.slug(task)}"
                 paths += save(pareto_figure(rows, names[backbone], styles), stem, formats)
             if shown.groupby(["backbone", "task"]).ngroups > 1:
-                paths += save(overview_figure(main, names, styles), folder / "pareto_overview", formats)
+                paths += save(overview_figure(shown, names, styles), folder / "pareto_overview", formats)
             for backbone, rows in groups(shown, "backbone"):
                 headline = AVERAGE if AVERAGE in set(rows["task"]) else rows["task"].iloc[0]
+                every = scored[(scored["backbone"] == backbone) & (scored["task"] == headline)]
                 rows = rows[rows["task"] == headline]
-                for method in rows.loc[_crowded(rows), "method"].unique():
-                    own = rows[rows["method"].isin([DENSE, method])]
-                    stem = folder / f"variants_{words.slug(names[backbone])}_{words.slug(method)}"
-                    paths += save(pareto_figure(own, names[backbone], styles), stem, formats)
-                for kind, draw_kind in (("latency", latency_figure), ("drops", drops_figure)):
-                    if (figure := draw_kind(rows, names[backbone], styles)) is not None:
+                drawn = {
+                    "latency": latency_figure(rows, names[backbone], styles),
+                    "drops": drops_figure(rows, names[backbone], styles),
+                    "options": options_figure(every, names[backbone], styles),
+                }
+                for kind, figure in drawn.items():
+                    if figure is not None:
                         paths += save(figure, folder / f"{kind}_{words.slug(names[backbone])}", formats)
     for suffix in formats:
-        for kind in ("pareto", "variants", "latency", "drops"):
+        for kind in ("pareto", "latency", "drops", "options"):
             for stale in set(folder.glob(f"{kind}_*.{suffix}")) - set(paths):
                 stale.unlink()
     return sorted(paths)
-
-
-def without_variants(rows: pd.DataFrame) -> pd.DataFrame:
-    """Leave out what only crowds: of a method with many variants beside its plain self, those that are dominated."""
-    return rows[~(_crowded(rows) & (rows["series"] != rows["method"]) & ~rows["on_front"])]
-
-
-def _crowded(rows: pd.DataFrame) -> pd.Series:
-    """Mark the rows of methods that come as they are and in many variants."""
-    series = rows.groupby(["backbone", "method"])["series"]
-    plain = (rows["series"] == rows["method"]).groupby([rows["backbone"], rows["method"]]).transform("any")
-    return (series.transform("nunique") > MANY_VARIANTS) & plain
 
 
 def pareto_figure(rows: pd.DataFrame, backbone: str, styles: dict[str, Look]) -> Figure:
@@ -134,29 +125,35 @@ def pareto_figure(rows: pd.DataFrame, backbone: str, styles: dict[str, Look]) ->
 
 
 def overview_figure(table: pd.DataFrame, names: dict[str, str], styles: dict[str, Look]) -> Figure:
-    """Draw every backbone and task small, a backbone's average first."""
-    styles = {name: look for name, look in styles.items() if name in set(table["series"])}
-    found = {(str(backbone), str(task)): rows for (backbone, task), rows in groups(table, ["backbone", "task"])}
-    panels = sorted(found, key=lambda panel: (panel[0], panel[1] != AVERAGE, panel[1]))
-    columns = min(4, len(panels))
+    """Draw every backbone and task small, the average first: a row a backbone if they share all tasks, else wrapped."""
+    by_backbone = {backbone: set(rows["task"]) for backbone, rows in groups(table, "backbone")}
+    panels = [
+        (backbone, task)
+        for backbone, tasks in by_backbone.items()
+        for task in sorted(tasks, key=lambda name: (name != AVERAGE, name))
+    ]
+    several = len(by_backbone) > 1
+    alike = several and len(set(map(frozenset, by_backbone.values()))) == 1
+    columns = len(panels) // len(by_backbone) if alike else -(-len(panels) // -(-len(panels) // 4))
     lines = -(-len(panels) // columns)
     width = max(5.0, 1.95 * columns + 0.5)
-    height = 1.75 * lines + 0.6 + legend_size(styles, width)[2]
+    present = {name: look for name, look in styles.items() if name in set(table["series"])}
+    height = 1.75 * lines + 0.6 + legend_size(present, width)[2]
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(lines, columns, sharex=True, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes, (backbone, task) in zip(grid.flat, panels, strict=False):
-        rows = found[backbone, task]
+        rows = table[(table["backbone"] == backbone) & (table["task"] == task)]
         draw(axes, _positions(rows), styles, small=True)
-        axes.set_title(f"{names[backbone]} · {task}" if len(names) > 1 else task, loc="left", fontsize=8)
+        axes.set_title(f"{names[backbone]} · {task}" if several else task, loc="left", fontsize=8)
         axes.set_ylabel("mean score, %" if task == AVERAGE else words.metric(rows["metric"].iloc[0]), fontsize=7)
         axes.margins(y=0.1)
         axes.tick_params(labelbottom=True)
     grid[0, 0].set_xlim(100 * table["remaining"].min() - 6, 100 * max(1.0, table["remaining"].max()) + 5)
     figure.supxlabel(X_LABEL, fontsize=8)
-    legend(figure, styles, "outside upper center", figure.get_figwidth())
+    legend(figure, present, "outside upper center", figure.get_figwidth())
     return figure
 
 
@@ -200,16 +197,15 @@ def draw(axes: Axes, rows: pd.DataFrame, styles: dict[str, Look], small: bool = 
 
 
 def _positions(rows: pd.DataFrame) -> pd.DataFrame:
-    """Add ``x``, ``y``, ``low`` and ``high`` in percent, marks of equal cost set side by side."""
+    """Add ``x``, ``y``, ``low`` and ``high`` in percent, marks of equal cost side by side in the order of cost."""
     rows = rows.assign(x=100 * rows["remaining"], y=100 * rows["score"])
     rows["low"] = (100 * rows["example_low"]).fillna(rows["y"])
     rows["high"] = (100 * rows["example_high"]).fillna(rows["y"])
-    rows = rows.sort_values("x")
-    for _, equal in rows.groupby((rows["x"].diff() > SIDE_BY_SIDE / 3).cumsum()):
-        ordered = equal.index[np.argsort([str(words.reading_order(name)) for name in equal["series"]], kind="stable")]
-        step = min(SIDE_BY_SIDE, 4 / len(equal))
-        rows.loc[ordered, "x"] = equal["x"].mean() + step * (np.arange(len(equal)) - (len(equal) - 1) / 2)
-    return rows
+    rows = rows.sort_values("series", key=lambda names: names.map(words.reading_order)).sort_values("x", kind="stable")
+    crowd = rows.groupby((rows["x"].diff() > SIDE_BY_SIDE / 3).cumsum()).size().max()
+    steps = min(SIDE_BY_SIDE, SPREAD / crowd) * np.arange(len(rows))
+    # the least squares of all moves that leave a step between neighbours
+    return rows.assign(x=isotonic_regression(rows["x"] - steps).x + steps)
 
 
 def _key(rows: pd.DataFrame) -> str:

@@ -46,7 +46,7 @@ _UNDATED = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationD
 # Okabe and Ito's colours in an order whose lightness alternates, so that neighbours differ in print too, then two of
 # Tol's; each comes with its own marker and dashes.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#6b6b6b", "#882255", "#999933")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "d")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2, 1, 2, 1, 2)))
 
 
@@ -59,12 +59,17 @@ class Look(NamedTuple):
 
 
 def looks(series: Iterable[str]) -> dict[str, Look]:
-    """Give each series its look; the same series look alike in every figure of a study."""
-    ordered = sorted(set(series), key=words.reading_order)
+    """Give each series its look; the same series look alike in every figure of a study.
+
+    Methods as they are by default come first, since they share most figures and should share no colour.
+    """
+    ordered = sorted(set(series), key=lambda name: (words.options(name) != "default", words.reading_order(name)))
     rivals = [name for name in ordered if words.reading_order(name)[0] > 0]
     found = {name: Look("#000000", "*", "") for name in ordered if name not in rivals}
     for i, name in enumerate(rivals):
-        found[name] = Look(_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)], _DASHES[i % len(_DASHES)])
+        # the first, which is the suite's subject, shares its colour with none
+        colour = _COLOURS[1 + (i - 1) % (len(_COLOURS) - 1)] if i else _COLOURS[0]
+        found[name] = Look(colour, _MARKERS[i % len(_MARKERS)], _DASHES[i % len(_DASHES)])
     return found
 
 
@@ -98,6 +103,9 @@ def save(figure: Figure, stem: Path, formats: Sequence[str]) -> list[Path]:
     formats
         Some of ``"png"``, ``"svg"`` and ``"pdf"``.
     """
+    # laid out once: each format would start from the layout that the one before it left, a last digit off
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     paths = []
     for suffix in formats:
         content = io.BytesIO()

@@ -70,6 +70,12 @@ def reading_order(series: str) -> tuple[int, str]:
     return ({"dense": 0, "variator": 1}.get(series.split(" ", 1)[0], 2), series)
 
 
+def options(series: str) -> str:
+    """Return what tells a series from its method as it is by default, which is called by the method's name alone."""
+    _, bracket, rest = series.partition(" (")
+    return rest.removesuffix(")") if bracket else "default"
+
+
 def slug(name: str) -> str:
     """Make a file name's part of a name."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.") or "unnamed"

@@ -13,9 +13,9 @@ import pytest
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
-from analysis.cells import AVERAGE, cells
-from analysis.drops import drops_figure
-from analysis.figures import overview_figure, pareto_figure, without_variants, write_figures
+from analysis.cells import AVERAGE, cells, defaults
+from analysis.drops import drops_figure, options_figure
+from analysis.figures import overview_figure, pareto_figure, write_figures
 from analysis.frames import read_study
 from analysis.labels import Label, place
 from analysis.latency import latency_figure
@@ -143,9 +143,11 @@ def test_long_names_go_to_a_legend(tmp_path):
 
 
 def test_series_are_told_apart_without_colour():
-    styles = looks(["dense", "variator", *(f"m{i}" for i in range(8))])
+    styles = looks(["dense", "variator", *(f"m{i}" for i in range(40))])
     assert len({(look.marker, str(look.dashes)) for look in styles.values()}) == len(styles)
-    assert len({look.colour for name, look in styles.items()}) == len(styles)
+    assert [look.colour for look in styles.values()].count(styles["variator"].colour) == 1
+    styles = looks(["dense", "variator", *(f"m{i}" for i in range(8)), "m0 (steps=1)", "a (steps=1)"])
+    assert len({look.colour for name, look in styles.items() if "(" not in name}) == 10
     first = [styles[name] for name in ("variator", "m0", "m1", "m2")]
     light = [float(np.dot(to_rgb(look.colour), (0.2126, 0.7152, 0.0722))) for look in first]
     assert min(abs(a - b) for a, b in pairwise(light)) > 0.02
@@ -158,27 +160,9 @@ def test_the_same_series_look_alike_whatever_their_order():
 def test_the_overview_has_a_panel_for_every_backbone_and_task(table):
     with mpl.rc_context(RC):
         figure = overview_figure(table, {"base": "base", "large": "large"}, looks(table["series"]))
-    titles = [axes.get_title(loc="left") for axes in figure.axes if axes.axison]
-    assert titles == [f"{backbone} · {task}" for backbone in ("base", "large") for task in (AVERAGE, "rte", "sst2")]
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == [f"{name} · {task}" for name in ("base", "large") for task in (AVERAGE, "rte", "sst2")]
     assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["dense", "variator"]
-
-
-def test_dominated_variants_of_a_method_have_a_figure_of_their_own(tmp_path):
-    names = ("mean", "conv", "none", "both")
-    scores = dict(zip(names, (0.7, 0.72, 0.74, 0.93), strict=True))  # the last is on the front
-    runs = [make_run(method="dense", ratio=None), make_run(), make_run(method="pruning")]
-    runs += [make_run(options={"compression": name}, accuracy=scores[name]) for name in names]
-    study = read_study(write_runs(tmp_path, runs))
-    rows = cells(study, Predictions(study.folder))
-    assert set(without_variants(rows)["series"]) == {
-        "dense", "pruning", "variator", "variator (compression=both)"
-    }  # fmt: skip
-    assert len(without_variants(rows[rows["series"] != "variator"])) == len(rows) - 1, "variants of nothing are methods"
-    few = rows[~rows["series"].isin(["variator (compression=mean)"])]
-    assert len(without_variants(few)) == len(few), "a few do not crowd"
-    assert "variants_t5-base_variator.svg" in {path.name for path in write_figures(study, rows, ["svg"])}
-    assert "variants_t5-base_variator.svg" not in {path.name for path in write_figures(study, few, ["svg"])}
-    assert not list((study.folder / "figures").glob("variants_*")), "what is no longer drawn goes"
 
 
 def test_the_latency_figure_sets_time_against_flops(table):
@@ -276,3 +260,68 @@ def test_drops_are_ranked_within_each_ratio_with_their_paired_intervals(table):
 def test_one_method_alone_has_no_figure_of_drops(tmp_path):
     table = cells(read_study(write_runs(tmp_path, [make_run(), make_run(method="dense", ratio=None)])))
     assert drops_figure(table, "base", looks(table["series"])) is None
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    """Of Variator a default and a better and cheaper twin, of pruning twins alone, and a rival; and their cells."""
+    runs = [
+        make_run(method="dense", ratio=None),
+        make_run(accuracy=0.90),
+        make_run(options={"bottleneck": 16}, accuracy=0.91, remaining=0.50),
+        make_run(method="pruning", options={"heads": 1}, accuracy=0.88),
+        make_run(method="pruning", options={"heads": 2}, accuracy=0.87),
+        make_run(method="distillation", accuracy=0.80, remaining=0.51),
+    ]
+    study = read_study(write_runs(tmp_path_factory.mktemp("results"), runs))
+    return study, cells(study, Predictions(study.folder))
+
+
+def test_methods_are_compared_as_they_are_by_default(twins):
+    study, table = twins
+    shown = defaults(table).set_index("series")
+    assert set(table["series"]) - set(shown.index) == {"variator (bottleneck=16)"}
+    assert {"pruning (heads=1)", "pruning (heads=2)"} < set(shown.index), "which of them is the default, none can tell"
+    beaten = table.set_index("series")["on_front"]
+    assert not beaten["variator"] and not beaten["distillation"]
+    assert shown["on_front"]["variator"] and shown["on_front"]["distillation"]
+    drawn = {path.name: path.read_text() for path in write_figures(study, table, ["svg"])}
+    twin = re.compile(r"<text[^>]*>[^<]*bottleneck=16[^<]*</text>")
+    assert [name for name, text in drawn.items() if twin.search(text)] == ["options_t5-base.svg"]
+
+
+def test_options_are_ranked_beside_the_default_of_their_method(twins):
+    _, table = twins
+    with mpl.rc_context(RC):
+        figure = options_figure(table, "base", looks(table["series"]))
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes if axes.get_title(loc="left")}
+    names = {title: [label.get_text() for label in axes.get_yticklabels()] for title, axes in panels.items()}
+    assert names == {"variator, k = 4": ["bottleneck=16", "default"], "pruning, k = 4": ["heads=1", "heads=2"]}
+
+
+def test_no_options_no_figure_of_them(table):
+    rows = table[(table["backbone"] == "base") & (table["task"] == "sst2")]
+    assert options_figure(rows, "base", looks(table["series"])) is None
+
+
+def test_marks_of_equal_cost_stand_in_the_order_of_their_cost(tmp_path):
+    """Else the front would fall on its way to the right."""
+    cost = {"token_merging": 0.531, "token_dropping": 0.532, "pruning": 0.533, "distillation": 0.534, "variator": 0.535}
+    runs = [make_run(method=name, remaining=share, accuracy=share + 0.3) for name, share in cost.items()]
+    table = cells(read_study(write_runs(tmp_path, [make_run(method="dense", ratio=None), *runs])))
+    _, figure = panel(table, backbone="t5-base")
+    by_cost = sorted(markers(figure.axes[0]))
+    assert [y for _, y in by_cost] == sorted(y for _, y in by_cost)
+    steps = np.diff([x for x, _ in by_cost])
+    assert min(steps) > 0.5, "they hide each other"
+    assert np.mean([x for x, _ in by_cost[:5]]) == pytest.approx(53.3, abs=0.01), "they moved away from their cost"
+
+
+def test_the_overview_has_no_empty_panel_where_backbones_have_other_tasks(tmp_path):
+    runs = [make_run(task, method, ratio, backbone=name) for name, tasks in (("a", ["sst2"]), ("b", ["rte", "sst2"]))
+            for task in tasks for method, ratio in (("dense", None), ("variator", 4.0))]  # fmt: skip
+    table = cells(read_study(write_runs(tmp_path, runs)))
+    with mpl.rc_context(RC):
+        figure = overview_figure(table, {"a": "A", "b": "B"}, looks(table["series"]))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["A · sst2", "B · average", "B · rte", "B · sst2"]
+    assert all(axes.has_data() for axes in figure.axes)

@@ -121,7 +121,7 @@ def test_a_cell_without_a_score_says_what_became_of_it(tmp_path):
     text = (folder / "summary.md").read_text()
     overview = {tuple(row[:2]): row[3:] for row in markdown_tables(text)[0]}
     assert overview["pruning", "8"][0] == "diverged" and overview["pruning", "8"][2] == "n/a"
-    assert "pruning at ratio 8 (lacks rte)" in text and "quantization (lacks rte)" in text
+    assert "pruning at k = 8 (lacks rte)" in text
 
 
 def test_latex_parses(written):
@@ -185,3 +185,11 @@ def test_caveats_are_read_off_the_runs(tmp_path):
 def test_one_seed_is_a_caveat(tmp_path):
     study = read_study(write_runs(tmp_path, [make_run()]))
     assert "One seed a cell" in "\n".join(caveats(study, cells(study)))
+
+
+def test_an_average_that_lacks_a_task_is_named_with_its_ratio_if_it_has_one(tmp_path):
+    runs = [make_run(task, "dense", None) for task in ("rte", "sst2")]
+    runs += [make_run("sst2", "quantization", None, remaining=1.0), make_run("rte")]
+    study = read_study(write_runs(tmp_path, runs))
+    wanted = "task is missing: quantization (lacks rte); variator at k = 4 (lacks sst2)."
+    assert wanted in "\n".join(caveats(study, cells(study)))
