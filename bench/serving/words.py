@@ -58,10 +58,21 @@ def read(text: str, what: str, known: Mapping[str, type[Choice]]) -> Choice:
 
 def written(name: str, choice: Any) -> str:
     """Return the text that `read` would build ``choice`` from, every field named."""
-    fields = ",".join(
-        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in vars(choice).items()
-    )
+    fields = ",".join(f"{key}={_value(value)}" for key, value in vars(choice).items())
     return f"{name}:{fields}" if fields else name
+
+
+def defaults(cls: type[Any]) -> str:
+    """Return the fields of a load or a policy with their defaults, as they are written behind its name."""
+    fields = [
+        field.name if field.default is dataclasses.MISSING else f"{field.name}={_value(field.default)}"
+        for field in dataclasses.fields(cls)
+    ]
+    return ",".join(fields)
+
+
+def _value(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _fields(name: str, fields: list[str]) -> str:
