@@ -51,8 +51,8 @@ ARROWS = {
     "serving.records": "errors results",
     "serving.times": "serving.records",
     "serving": (
-        f"{_CONTRACTS} {_PARTS} plugins cell artifacts context training execution provenance storage entry_points "
-        "serving.records serving.times"
+        f"{_CONTRACTS} {_PARTS} plugins cell artifacts context training execution determinism provenance storage "
+        "entry_points serving.records serving.times"
     ),
     "describe": f"{_CONTRACTS} {_PARTS}",
     "testing": f"{_CONTRACTS} {_PARTS} artifacts context training costing cell runner describe",
