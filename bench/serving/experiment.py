@@ -289,7 +289,7 @@ class Experiment:
 def _with_content(load: Load) -> str:
     """Return what a load is called in results: a file that holds something else is another load."""
     text = name_of(load)
-    return f"{text}@{hash_of(load.file.read_text('utf-8'))[:8]}" if isinstance(load, Replay) else text
+    return f"{text}@{hash_of({'content': load.file.read_text('utf-8')})[:8]}" if isinstance(load, Replay) else text
 
 
 def all_statics(policies: Sequence[Policy], engines: Sequence[Engine]) -> list[Policy]:

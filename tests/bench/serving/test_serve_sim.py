@@ -211,16 +211,15 @@ def test_replicas_multiply_models_and_load(study: Study, tmp_path: Path) -> None
     other.mkdir(parents=True)
     shutil.copy(study.folder / "serving.json", other)
     setup = ["--load", "poisson:0.5", "--seconds", "0.3", "--max-batch", "2", "--load-seeds", "1"]
-    given = ["--simulated", "--replicas", "1", "--replicas", "100x100", "--policy", "static:2", "--policy", "static"]
+    given = ["--simulated", "--replicas", "100x100", "--replicas", "1x100", "--policy", "static:2"]
     said = study.call(*given, "--results", str(other.parent), setup=setup)
     assert said.startswith("0\n") and "simulated, 100 replicas, load × 100" in said, said
-    found = {(c["policy"], c["replicas"], c["times"]): c for c in cells(other)}
-    assert set(found) == {(f"static:k={k}", n, n) for k in (1, 2) for n in (1, 100)}
-    for k in (1, 2):
-        one, many = (found[f"static:k={k}", n, n] for n in (1, 100))
-        assert many["offered"] == pytest.approx(0.5 * 100 * study.common["capacity"], rel=0.2)
-        assert 30 * one["offered"] < many["offered"] < 300 * one["offered"]
-        assert many["summary"]["p95_seconds"] <= one["summary"]["p95_seconds"], "a shared queue waits less"
+    found = {(c["replicas"], c["times"]): c for c in cells(other)}
+    assert set(found) == {(100, 100), (1, 100)}
+    many, one = found[100, 100], found[1, 100]
+    assert many["offered"] == pytest.approx(0.5 * 100 * study.common["capacity"], rel=0.2)
+    assert many["summary"]["requests"] == one["summary"]["requests"], "the same requests"
+    assert 10 * many["summary"]["p95_seconds"] < one["summary"]["p95_seconds"], "as one model alone is swamped by them"
 
 
 def test_a_torn_cell_is_named(study: Study, tmp_path: Path) -> None:
@@ -318,8 +317,6 @@ def test_engines_need_not_have_the_same_ks(study: Study, capsys: pytest.CaptureF
     found = cells(study.at / "results" / "two")
     own = {"variator": set(POLICIES), "pruning": set(POLICIES) - {"static:k=2"}}
     assert {(c["engine"], c["policy"]) for c in found} == {(engine, p) for engine in own for p in own[engine]}
-    engines = {c["engine"]: c for c in json.loads((study.at / "results/two/serving.json").read_text())["calibrations"]}
-    assert engines["pruning"]["resident_bytes"] > engines["variator"]["resident_bytes"]
     assert capsys.readouterr().out.count("│ pruning") == 4
 
 
