@@ -51,8 +51,8 @@ ARROWS = {
     "serving.records": "errors results",
     "serving.times": "serving.records",
     "serving": (
-        f"{_CONTRACTS} {_PARTS} plugins cell artifacts context training execution provenance storage entry_points "
-        "serving.records serving.times"
+        f"{_CONTRACTS} {_PARTS} plugins cell artifacts context training execution determinism provenance storage "
+        "entry_points serving.records serving.times"
     ),
     "describe": f"{_CONTRACTS} {_PARTS}",
     "testing": f"{_CONTRACTS} {_PARTS} artifacts context training costing cell runner describe",
@@ -157,7 +157,9 @@ def test_planning_loads_nothing_heavy(module: str) -> None:
     assert _loaded_by(f"import {module}") == set()
 
 
-@pytest.mark.parametrize("words", ["--help", "run --help", "list tasks", "list keys", "plan quickstart"])
+@pytest.mark.parametrize(
+    "words", ["--help", "run --help", "list tasks", "list keys", "list policies", "plan quickstart"]
+)
 def test_commands_that_only_show_load_nothing_heavy(
     words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -48,6 +47,7 @@ def bench(*words: str, at: Path, site: Path | None, fails: bool = False) -> str:
     [
         ("tasks", r"^tickets +single +accuracy +calm / urgent +64 +bench-tutorial 1\.0 *$"),
         ("backbones", r"^tutorial-bert +bert +4 +32 +512 +.* M +bench-tutorial 1\.0 *$"),
+        ("policies", r"^patience +share=0\.5 +The dense model while the oldest request .* bench-tutorial 1\.0 *$"),
         ("methods", r"^lower_layers +does +leave out the upper encoder layers *$"),
     ],
 )
@@ -91,7 +91,6 @@ def test_a_misspelt_name_is_answered_with_theirs(site: Path, tmp_path: Path, key
     assert f"Did you mean '{near}" in bench("run", f"--{key}={name}", at=tmp_path, site=site, fails=True)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bench.serving") is None, reason="there are no policies yet")
 def test_the_policy_is_known_and_chooses(site: Path, tmp_path: Path) -> None:
     code = """
 import numpy as np

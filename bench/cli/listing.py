@@ -6,9 +6,9 @@ import click
 
 
 @click.command("list")
-@click.argument("what", type=click.Choice(["tasks", "methods", "backbones", "recipes", "keys"]))
+@click.argument("what", type=click.Choice(["tasks", "methods", "backbones", "recipes", "keys", "policies", "loads"]))
 def list_(what: str) -> None:
-    """Show the known tasks, methods, backbones, recipes or keys."""
+    """Show the known tasks, methods, backbones, recipes, keys, policies or loads."""
     from bench.launch.listing import print_listing
 
     print_listing(what)

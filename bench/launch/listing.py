@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from bench.tracking.prepare import prepare
 
 
 def print_listing(what: str) -> None:
-    """Print the tasks, methods, backbones, recipes or keys that there are."""
+    """Print the tasks, methods, backbones, recipes, keys, policies or loads that there are."""
     table = Table(box=None, pad_edge=False, header_style="bold")
 
     def head(*columns: str) -> None:
@@ -75,6 +76,17 @@ def print_listing(what: str) -> None:
         head("recipe", "sets")
         for name, values in RECIPES.items():
             table.add_row(name, ", ".join(f"{k}={v}" for k, v in values.items()) or "the defaults of `bench list keys`")
+    elif what in ("policies", "loads"):
+        from bench.serving.loads import LOADS
+        from bench.serving.policies import policies, registered_policies
+        from bench.serving.words import defaults
+
+        head("policy" if what == "policies" else "load", "fields", "does", "from")
+        origins = {name: found.origin for name, found in registered_policies().items()}
+        known: dict[str, type[object]] = {**(policies() if what == "policies" else LOADS)}
+        for name, cls in known.items():
+            summary = (inspect.getdoc(cls) or "-").splitlines()[0]
+            table.add_row(name, defaults(cls) or "-", summary, origins.get(name, "bundled"))
     else:
         from bench.describe import keys
 

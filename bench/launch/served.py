@@ -13,13 +13,13 @@ from bench.serving.records import ServingCell, ServingStore
 def print_served(store: ServingStore) -> None:
     """Print a table of every load, engine by engine; cells that differ in the load's seed alone are averaged."""
     out = console()
-    groups: dict[tuple[str, str, int, float], dict[tuple[str, str], list[ServingCell]]] = {}
+    groups: dict[tuple[str, str, int, float, float], dict[tuple[str, str], list[ServingCell]]] = {}
     for cell in store:
-        key = (cell.load, cell.mode, cell.replicas, cell.times)
+        key = (cell.load, cell.mode, cell.replicas, cell.times, cell.seconds)
         groups.setdefault(key, {}).setdefault((cell.engine, cell.policy), []).append(cell)
-    for (load, mode, replicas, times), rows in sorted(groups.items()):
+    for (load, mode, replicas, times, seconds), rows in sorted(groups.items()):
         scale = f", {replicas} replicas, load × {times:g}" if replicas > 1 or times != 1 else ""
-        table = Table(title=f"{load} · {mode}{scale}", title_justify="left")
+        table = Table(title=f"{load} · {seconds:g} s · {mode}{scale}", title_justify="left")
         for name in ("engine", "policy"):
             table.add_column(name)
         for name in ("accuracy", "in time", "right in time", "p50 ms", "p95 ms", "p99 ms", "answers/s", "at k"):

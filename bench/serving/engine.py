@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from bench.backbones.model import TaskModel, share_weights
 from bench.cell import Cell, Surroundings
 from bench.context import RunContext
+from bench.determinism import deterministic
 from bench.errors import ConfigError
 from bench.execution import device_of, prepare
 from bench.measure.size import count_bytes
@@ -113,7 +114,8 @@ def load_engine(cells: Sequence[Cell], where: Surroundings, progress: Progress) 
         )
     device = torch.device(device_of(where.device))
     ctx, data = prepare(cells[0], where, progress, device)
-    teacher = get_teacher(ctx)
+    with deterministic(cells[0].config.seed):
+        teacher = get_teacher(ctx)
     config = ctx.config.model_dump(mode="json")
     models = [ServedModel(k=1, source=teacher.artifact.key, config=config, remaining=1.0, accuracy=0.0)]
     compressed: dict[int, TaskModel] = {}
@@ -122,7 +124,8 @@ def load_engine(cells: Sequence[Cell], where: Surroundings, progress: Progress) 
         own, data = prepare(cell, where, progress, device)
         method, k = cell.config.build_method(), int(cell.config.ratio or 1)
         own.setting = method.setting(cell.spec, cell.config.ratio, own.lengths("selection"))
-        compressed[k] = method.compress(teacher, data, own).eval()
+        with deterministic(cell.config.seed):  # as a run trains it, which shares the artifact
+            compressed[k] = method.compress(teacher, data, own).eval()
         if artifact := own.cache.find("plugin", own.identity):
             plugins.append(Plugin.from_pretrained(artifact.folder).to(device).eval().requires_grad_(False))
         models.append(

@@ -14,7 +14,7 @@ from bench.results import Provenance
 from bench.serving import words
 from bench.serving.calibrate import calibrate
 from bench.serving.engine import Engine
-from bench.serving.loads import Load
+from bench.serving.loads import Load, Replay
 from bench.serving.policies import Policy, Static
 from bench.serving.queueing import Queue, Requests
 from bench.serving.records import Calibration, Mode, Served, ServingCell, ServingStore, ServingStudy
@@ -103,7 +103,8 @@ class Experiment:
     Raises
     ------
     ConfigError
-        If the store holds a study of other models, another machine, or another setup.
+        If the store holds a study of other models, another machine, or another setup; if a static policy has a k that
+        no engine has, or a load cannot be read.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Experiment:
         progress: Callable[[str], None],
     ) -> None:
         self.engines, self.setup, self.store = {engine.name: engine for engine in engines}, setup, store
+        self._check_setup()  # before an hour of calibrating and serving, and not after
         self.study = self._study(command, progress)
         self.times = {c.engine: ServiceTimes(c) for c in self.study.calibrations}
 
@@ -128,9 +130,11 @@ class Experiment:
             *real,
             *(("simulated", seed, scale) for scale in scales for seed in setup.load_seeds),
         ]:
-            for load in setup.loads:
+            for load in dict.fromkeys(setup.loads):
                 for engine in self.engines.values():
-                    for policy in setup.policies:
+                    for policy in dict.fromkeys(setup.policies):
+                        if isinstance(policy, Static) and policy.k not in engine.ks:
+                            continue  # another engine has it
                         pending = Pending(engine, policy, load, seed, mode, replicas, times)
                         if self.store.cell(self._id(pending)) is None:
                             yield pending
@@ -163,7 +167,7 @@ class Experiment:
             cell_id=cell_id,
             engine=pending.engine.name,
             policy=name_of(pending.policy),
-            load=name_of(pending.load),
+            load=_with_content(pending.load),
             load_seed=pending.seed,
             mode=pending.mode,
             replicas=pending.replicas,
@@ -202,7 +206,7 @@ class Experiment:
                 "engine": pending.engine.name,
                 "models": [model.source for model in pending.engine.models],
                 "policy": name_of(pending.policy),
-                "load": name_of(pending.load),
+                "load": _with_content(pending.load),
                 "seed": pending.seed,
                 "mode": pending.mode,
                 "scale": [pending.replicas, pending.times],
@@ -246,6 +250,14 @@ class Experiment:
         self.store.write(study)
         return study
 
+    def _check_setup(self) -> None:
+        ks = {k for engine in self.engines.values() for k in engine.ks}
+        for policy in self.setup.policies:
+            if isinstance(policy, Static) and policy.k not in ks:
+                raise ConfigError(f"policy static:{policy.k}: the models serve k = {', '.join(map(str, sorted(ks)))}")
+        for load in self.setup.loads:
+            load.arrivals(1.0, self.setup.seconds, np.random.default_rng(0))
+
     def _check(self, found: ServingStudy, engine: Engine) -> None:
         here, there = self._provenance([], engine), found.provenance
         wanted = {
@@ -272,6 +284,12 @@ class Experiment:
         found.data_digest = engine.ctx.revisions["data"]
         found.model_digest = engine.ctx.revisions["model"]
         return found
+
+
+def _with_content(load: Load) -> str:
+    """Return what a load is called in results: a file that holds something else is another load."""
+    text = name_of(load)
+    return f"{text}@{hash_of({'content': load.file.read_text('utf-8')})[:8]}" if isinstance(load, Replay) else text
 
 
 def all_statics(policies: Sequence[Policy], engines: Sequence[Engine]) -> list[Policy]:

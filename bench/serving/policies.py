@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from bench.entry_points import from_entry_points
+from bench.entry_points import Registered, from_entry_points
 from bench.errors import ConfigError
 
 POLICY_GROUP = "bench.policies"
@@ -156,12 +156,18 @@ class Deadline(Policy):
         return view.ks[-1]
 
 
+_BUILT_IN: dict[str, type[Policy]] = {cls.name: cls for cls in (Static, QueueLength, Deadline)}
+
+
 @functools.cache
+def registered_policies() -> dict[str, Registered[type[Policy]]]:
+    """Return the policies of other packages by name, each with its origin."""
+    return from_entry_points(POLICY_GROUP, "policy", _read, _BUILT_IN)
+
+
 def policies() -> dict[str, type[Policy]]:
-    """Return every policy by name, those of other packages through the entry-point group ``bench.policies`` too."""
-    own: dict[str, type[Policy]] = {cls.name: cls for cls in (Static, QueueLength, Deadline)}
-    found = from_entry_points(POLICY_GROUP, "policy", _read, own)
-    return own | {name: registered.value for name, registered in found.items()}
+    """Return every policy by name."""
+    return _BUILT_IN | {name: found.value for name, found in registered_policies().items()}
 
 
 def _read(name: str, found: object) -> type[Policy]:

@@ -58,9 +58,22 @@ def read(text: str, what: str, known: Mapping[str, type[Choice]]) -> Choice:
 
 def written(name: str, choice: Any) -> str:
     """Return the text that `read` would build ``choice`` from, every field named."""
-    # not rounded: results are found by this text, and another number is another choice
-    fields = ",".join(f"{key}={str(value).removesuffix('.0')}" for key, value in vars(choice).items())
+    fields = ",".join(f"{key}={_value(value)}" for key, value in vars(choice).items())
     return f"{name}:{fields}" if fields else name
+
+
+def defaults(cls: type[Any]) -> str:
+    """Return the fields of a load or a policy with their defaults, as they are written behind its name."""
+    fields = [
+        field.name if field.default is dataclasses.MISSING else f"{field.name}={_value(field.default)}"
+        for field in dataclasses.fields(cls)
+    ]
+    return ",".join(fields)
+
+
+def _value(value: object) -> str:
+    # not rounded: results are found by this text, and another number is another choice
+    return str(value).removesuffix(".0")
 
 
 def _fields(name: str, fields: list[str]) -> str:

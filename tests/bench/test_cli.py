@@ -68,6 +68,8 @@ def test_every_key_is_an_option_with_its_meaning_and_its_readers() -> None:
         ("backbones", ["t5-11b", "11,307.3 M", "minilm-l6", "(extra: quickstart)", "google-t5/t5-base"]),
         ("recipes", ["default", "released", "pretrain_steps=60000"]),
         ("keys", ["teacher_batch_size", "pretrain_length", "variator"]),
+        ("policies", ["static    k=1 ", "queue     up=1,down=0.25 ", "deadline  margin=0.5 ", "The same k "]),
+        ("loads", ["poisson  load=0.7 ", "bursty   low=0.4,high=1.4,stay=3 ", "day ", "replay   file  ", "one rate."]),
     ],
 )
 def test_listings(what: str, words: list[str]) -> None:
