@@ -107,7 +107,7 @@ def serve_and_print(
     engines = []
     for method, cells in groups.items():
         say(errors, f"loading {method} at k = {', '.join(f'{cell.config.ratio:g}' for cell in cells)}")
-        engines.append(load_engine(cells, where, Silent()))
+        engines.append(load_engine(cells, where, _Messages()))
     if statics:
         setup = Setup(**{**vars(setup), "policies": all_statics(setup.policies, engines)})
     store = ServingStore(root / study)
@@ -124,22 +124,35 @@ def serve_and_print(
     print_served(store)
 
 
+class _Messages(Silent):
+    """Says what a person should know, and nothing of how far a training is."""
+
+    def message(self, text: str) -> None:
+        """Say it."""
+        say(console(stderr=True), text)
+
+
 def engines_of(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     """Group cells by method, by ascending ratio; the dense one belongs to every engine and makes none.
 
     Raises
     ------
     ConfigError
-        If they differ in more than method and ratio, or a method comes twice at one ratio.
+        If they have not one teacher and one dev split, or a method comes twice at one ratio.
     """
-    common = {(cell.config.task, cell.config.backbone, cell.config.seed) for cell in cells}
-    if len(common) > 1:
-        names = [
-            f"--{name}"
-            for name, values in zip(("task", "backbone", "seed"), zip(*common, strict=True), strict=True)
-            if len(set(values)) > 1
-        ]
-        raise ConfigError(f"a server has one task, backbone and seed; choose by {', '.join(names)}")
+    common = [
+        {
+            "task": cell.config.task,
+            "backbone": cell.config.backbone,
+            "dev_examples": cell.config.dev_examples,
+            **cell.config.teacher_identity("", ""),
+        }
+        for cell in cells
+    ]
+    differing = [name for name in common[0] if len({str(values[name]) for values in common}) > 1]
+    if differing:
+        keys = ", ".join(f"--{name.replace('_', '-')}" for name in differing)
+        raise ConfigError(f"what is served has one teacher and answers one dev split; choose by {keys}")
     groups: dict[str, dict[float, Cell]] = {}
     for cell in cells:
         ratio = cell.config.ratio

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import perf_counter
 
 import numpy as np
@@ -21,9 +21,7 @@ POINTS = 4
 """Lengths that are measured, from short to long."""
 
 
-def calibrate(
-    engines: Sequence[Engine], max_batch: int, progress: Callable[[], None] = lambda: None
-) -> list[Calibration]:
+def calibrate(engines: Sequence[Engine], max_batch: int) -> list[Calibration]:
     """Time every k of every engine in turn on batches of real tokens, and answer the whole dev split at each.
 
     Parameters
@@ -32,8 +30,6 @@ def calibrate(
         What is measured, all of one task.
     max_batch
         Largest batch; sizes are the powers of two up to it, and it.
-    progress
-        Called after each size and length, and after each k's answers.
     """
     features = engines[0].ctx.features["dev"]
     lengths = np.array([len(feature["input_ids"]) for feature in features])
@@ -53,17 +49,11 @@ def calibrate(
                             engine.answer(k, batch)
                             if sample >= 0:
                                 mine[which, s, g, sample] = perf_counter() - began
-                progress()
-    return [_calibration(engine, mine, sizes, grid, progress) for engine, mine in zip(engines, seconds, strict=True)]
+    return [_calibration(engine, mine, sizes, grid) for engine, mine in zip(engines, seconds, strict=True)]
 
 
-def _calibration(
-    engine: Engine, seconds: NDArray[np.float64], sizes: list[int], grid: list[int], progress: Callable[[], None]
-) -> Calibration:
-    answered = []
-    for k in engine.ks:
-        answered.append(_answers(engine, k))
-        progress()
+def _calibration(engine: Engine, seconds: NDArray[np.float64], sizes: list[int], grid: list[int]) -> Calibration:
+    answered = [_answers(engine, k) for k in engine.ks]
     models = [
         model.model_copy(update={"accuracy": float(row.mean(dtype=np.float64))})
         for model, row in zip(engine.models, answered, strict=True)

@@ -14,7 +14,7 @@ from bench.backbones.model import TaskModel, share_weights
 from bench.cell import Cell, Surroundings
 from bench.context import RunContext
 from bench.determinism import deterministic
-from bench.errors import ConfigError
+from bench.errors import ConfigError, Unreachable
 from bench.execution import device_of, prepare
 from bench.measure.size import count_bytes
 from bench.plugins.bank import PluginBank
@@ -96,7 +96,8 @@ def load_engine(cells: Sequence[Cell], where: Surroundings, progress: Progress) 
     Parameters
     ----------
     cells
-        Runs of one method that differ in their ratio alone, which becomes k. None of them needs a stored result.
+        Runs of one method that differ in their ratio alone, which becomes k. None of them needs a stored result; what
+        cannot be reached is left out, as it is of a sweep.
     where, progress
         As for `bench.runner.run`.
 
@@ -104,6 +105,8 @@ def load_engine(cells: Sequence[Cell], where: Surroundings, progress: Progress) 
     ------
     ConfigError
         If the task's answers cannot be scored one by one.
+    Unreachable
+        If the method can reach none of the ratios.
     """
     task, family = cells[0].task, cells[0].spec.family
     if task.kind == "regression" or (task.kind == "qa" and family == "bert"):
@@ -119,13 +122,18 @@ def load_engine(cells: Sequence[Cell], where: Surroundings, progress: Progress) 
     config = ctx.config.model_dump(mode="json")
     models = [ServedModel(k=1, source=teacher.artifact.key, config=config, remaining=1.0, accuracy=0.0)]
     compressed: dict[int, TaskModel] = {}
-    plugins = []
+    plugins, reason = [], ""
     for cell in cells:
         own, data = prepare(cell, where, progress, device)
         method, k = cell.config.build_method(), int(cell.config.ratio or 1)
-        own.setting = method.setting(cell.spec, cell.config.ratio, own.lengths("selection"))
-        with deterministic(cell.config.seed):  # as a run trains it, which shares the artifact
-            compressed[k] = method.compress(teacher, data, own).eval()
+        try:
+            own.setting = method.setting(cell.spec, cell.config.ratio, own.lengths("selection"))
+            with deterministic(cell.config.seed):  # as a run trains it, which shares the artifact
+                compressed[k] = method.compress(teacher, data, own).eval()
+        except Unreachable as error:
+            reason = f"{cell.config.label} is left out: {error}"
+            progress.message(reason)
+            continue
         if artifact := own.cache.find("plugin", own.identity):
             plugins.append(Plugin.from_pretrained(artifact.folder).to(device).eval().requires_grad_(False))
         models.append(
@@ -137,8 +145,10 @@ def load_engine(cells: Sequence[Cell], where: Surroundings, progress: Progress) 
                 accuracy=0.0,
             )
         )
+    if not compressed:
+        raise Unreachable(reason)
     models.sort(key=lambda model: model.k)
-    if len(plugins) == len(cells):
+    if len(plugins) == len(compressed):
         select, held = _bank(teacher.model, plugins)
     else:
         held = {1: teacher.model, **compressed}

@@ -264,6 +264,8 @@ class Experiment:
             "task": (found.task, engine.ctx.task.name),
             "backbone": (found.backbone, engine.ctx.spec.name),
             "seed": (found.seed, engine.ctx.config.seed),
+            "teacher": (found.calibrations[0].models[0].source, engine.models[0].source),
+            "--dev-examples": (len(found.calibrations[0].examples), len(engine.examples)),
             "--max-batch": (found.max_batch, self.setup.max_batch),
             "--deadline": (found.deadline_seconds, self.setup.deadline or found.deadline_seconds),
             "hardware": (there.hardware, here.hardware),

@@ -289,7 +289,7 @@ def test_another_setup_is_refused(study: Study) -> None:
         (["--replicas", "2xinf"], "--replicas 2xinf: "),
         (["--replicas", "0"], "--replicas 0: "),
         (["--method", "dense"], "there is nothing to choose from: no cell has a method with a ratio"),
-        (["--seed", "0,1"], "a server has one task, backbone and seed; choose by --seed"),
+        (["--seed", "0,1"], "what is served has one teacher and answers one dev split; choose by --seed"),
         (["--method", "quantization"], "a server chooses among whole ratios of at least 2"),
         (["--bottleneck", "4,8"], "there are two of it with different options; choose one by its keys"),
     ],
