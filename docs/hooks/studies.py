@@ -5,8 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-FIRST = ("pareto_overview", "pareto_", "drops_", "latency_")
-CAPTIONS = {"pareto": "Score against remaining encoder FLOPs", "drops": "What is lost", "latency": "Time against FLOPs"}
+FIRST = ("pareto_overview", "pareto_", "drops_", "options_", "latency_")
+CAPTIONS = {
+    "pareto": "Score against remaining encoder FLOPs",
+    "drops": "What is lost",
+    "options": "What options lose",
+    "latency": "Time against FLOPs",
+}
 
 
 def pages(results: Path) -> dict[str, str | bytes]:
