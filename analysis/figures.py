@@ -202,7 +202,7 @@ def _positions(rows: pd.DataFrame) -> pd.DataFrame:
     rows["low"] = (100 * rows["example_low"]).fillna(rows["y"])
     rows["high"] = (100 * rows["example_high"]).fillna(rows["y"])
     rows = rows.sort_values("series", key=lambda names: names.map(words.reading_order)).sort_values("x", kind="stable")
-    crowd = rows.groupby((rows["x"].diff() > SIDE_BY_SIDE / 3).cumsum()).size().max()
+    crowd = max(rows["x"].searchsorted(rows["x"] + SPREAD, side="right") - np.arange(len(rows)))
     steps = min(SIDE_BY_SIDE, SPREAD / crowd) * np.arange(len(rows))
     # the least squares of all moves that leave a step between neighbours
     return rows.assign(x=isotonic_regression(rows["x"] - steps).x + steps)

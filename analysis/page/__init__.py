@@ -69,7 +69,7 @@ def _render(study: Study, table: pd.DataFrame, pairs: pd.DataFrame) -> str:
         study=study.name,
         readme=read_readme(study.folder / "README.md"),
         status=study.frame["status"].value_counts().sort_index().to_dict(),
-        filters=_filters(ordered, study, names),
+        filters=_filters(ordered, study, names, cells),
         marks=styles,
         columns=shown,
         rows=table_rows(ordered, cells, shown),
@@ -89,7 +89,9 @@ def _render(study: Study, table: pd.DataFrame, pairs: pd.DataFrame) -> str:
     )
 
 
-def _filters(ordered: pd.DataFrame, study: Study, names: dict[str, str]) -> list[dict[str, Any]]:
+def _filters(
+    ordered: pd.DataFrame, study: Study, names: dict[str, str], cells: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """List what can be chosen of each dimension, in reading order."""
     frame = study.frame
     every = {*frame["task"], *(ordered["task"] if len(ordered) else ())}
@@ -103,7 +105,12 @@ def _filters(ordered: pd.DataFrame, study: Study, names: dict[str, str]) -> list
     }
     if frame["ratio"].isna().any():
         values["k"].insert(0, ("", "none"))
-    return [{"key": key, "values": pairs} for key, pairs in values.items()]
+    filters: list[dict[str, Any]] = [{"key": key, "values": pairs, "chosen": ()} for key, pairs in values.items()]
+    if len({cell["options"] for cell in cells}) > 1:
+        # all of them at once would bury each other
+        told = [("default", "the defaults"), ("other", "others")]
+        filters.append({"key": "options", "values": told, "chosen": ("default",)})
+    return filters
 
 
 def _panels(table: pd.DataFrame, names: dict[str, str]) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from analysis import words
-from analysis.cells import AVERAGE
+from analysis.cells import AVERAGE, defaults
 from analysis.comparisons import both_ways
 from analysis.frames import DENSE, LeanResult, Study, groups
 from analysis.page.marks import Mark
@@ -45,13 +45,15 @@ def page_cells(
     run_ids = {key: list(rows["run_id"]) for key, rows in groups(study.done, identity)} if len(study.done) else {}
     run_ids = {_key(*key): ids for key, ids in run_ids.items()}
     against = _against(pairs)
+    as_default = set(defaults(table).index)
     found: list[dict[str, Any]] = []
-    for i, (_, row) in enumerate(table.iterrows()):
+    for i, (label, row) in enumerate(table.iterrows()):
         key = _key(*(row[name] for name in identity))
         mark = styles[row["series"]]
         cell: dict[str, Any] = {
             "id": f"c{i}", "backbone": row["backbone"], "backboneName": names[row["backbone"]], "task": row["task"],
             "series": row["series"], "k": words.ratio(row["ratio"]), "ratio": _plain(row["ratio"]),
+            "options": "default" if label in as_default else "other",
             "tasks": int(row["tasks"]), "axis": _axis(row), "lacks": row["missing_tasks"],
             "dense": row["method"] == DENSE, "colour": mark.name, "path": mark.path, "dashes": mark.dashes,
             "facts": _cell_facts(row), "runs": run_ids.get(key, []), "against": against.get(key, []),

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from analysis import words
+from analysis.cells import defaults
 from analysis.comparisons import both_ways
 from analysis.frames import DENSE, groups
 from analysis.statistics import LEVEL
@@ -46,6 +47,8 @@ class Block(NamedTuple):
 def findings(table: pd.DataFrame, pairs: pd.DataFrame, names: dict[str, str]) -> list[Block]:
     """State what is found on each backbone and task, the average over tasks first and as the headline.
 
+    It is about methods as they are by default.
+
     Parameters
     ----------
     table, pairs
@@ -55,7 +58,7 @@ def findings(table: pd.DataFrame, pairs: pd.DataFrame, names: dict[str, str]) ->
     """
     found: list[Block] = []
     pairs = both_ways(pairs)
-    for backbone, task, rows in blocks(table) if len(table) else ():
+    for backbone, task, rows in blocks(defaults(table)) if len(table) else ():
         scored = rows[rows["score"].notna() & (rows["method"] != DENSE)]
         mine = pairs[(pairs["backbone"] == backbone) & (pairs["task"] == task)]
         at = [_finding(ratio, block, mine[mine["ratio"] == ratio]) for ratio, block in groups(scored, "ratio")]

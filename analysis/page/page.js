@@ -2,7 +2,7 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const panel = new Panel(data);
-const chosen = { task: new Set(), backbone: new Set(), method: new Set(), k: new Set() };
+const chosen = { task: new Set(), backbone: new Set(), method: new Set(), k: new Set(), options: new Set() };
 const rows = [...document.querySelectorAll("#cells tbody tr")];
 const left = [...document.querySelectorAll("#left tbody tr")];
 const cellOf = new Map(data.cells.map((cell) => [cell.id, cell]));
@@ -14,7 +14,9 @@ function announce(text) {
 }
 
 function passes(values) {
-  return Object.entries(chosen).every(([key, wanted]) => !wanted.size || wanted.has(values[key]));
+  // a method's name tells its options, and runs without a score are few: neither is asked for them
+  const asked = Object.entries(chosen).filter(([key]) => key in values && !(key === "options" && chosen.method.size));
+  return asked.every(([key, wanted]) => !wanted.size || wanted.has(values[key]));
 }
 
 /* ---- charts ---- */
@@ -40,7 +42,7 @@ function update() {
   const shown = new Set();
   for (const row of rows) {
     const cell = cellOf.get(row.dataset.cell);
-    const visible = passes({ task: cell.task, backbone: cell.backbone, method: cell.series, k: cell.k });
+    const visible = passes({ task: cell.task, backbone: cell.backbone, method: cell.series, k: cell.k, options: cell.options });
     row.hidden = !visible;
     if (visible) shown.add(cell.id);
   }
@@ -59,6 +61,7 @@ function update() {
 }
 
 for (const chip of document.querySelectorAll(".chip[data-key]")) {
+  if (chip.getAttribute("aria-pressed") === "true") chosen[chip.dataset.key].add(chip.dataset.value);
   chip.onclick = () => {
     const wanted = chosen[chip.dataset.key];
     const { value } = chip.dataset;

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-FIRST = ("storage", "pareto_overview", "pareto_", "drops_", "latency_")
+FIRST = ("pareto_overview", "pareto_", "drops_", "options_", "latency_")
 CAPTIONS = {
-    "storage": "Bytes against the number of tasks",
     "pareto": "Score against remaining encoder FLOPs",
     "drops": "What is lost",
+    "options": "What options lose",
     "latency": "Time against FLOPs",
 }
-TABLES = ("storage.md", "summary.md")
 
 
 def pages(results: Path) -> dict[str, str | bytes]:

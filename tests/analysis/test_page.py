@@ -249,6 +249,13 @@ def test_findings_say_who_leads_where_variator_stands_and_what_is_told_apart(tmp
     assert alone.startswith("variator: 60.") and alone.endswith("Told apart from the dense teacher (p < 0.05).")
 
 
+def test_findings_are_about_methods_as_they_are_by_default(tmp_path):
+    runs = [make_run("sst2", "dense", None), make_run(accuracy=0.85), make_run("sst2", "pruning", accuracy=0.8)]
+    runs.append(make_run(options={"bottleneck": 16}, accuracy=0.9))
+    text = found(runs, tmp_path)["sst2", "k = 4"]
+    assert text.startswith("variator scores highest of 2: 85.0") and "bottleneck" not in text
+
+
 def test_a_readme_is_shown_without_markup_of_its_own(tmp_path):
     path = tmp_path / "README.md"
     assert read_readme(path) is None

@@ -148,6 +148,29 @@ def test_filters_meet_and_reach_the_runs_without_a_score(visit, summary):
     assert seen.page.locator("figure.front:visible").count() == 0
 
 
+def test_options_wait_until_they_are_asked_for(visit, tmp_path):
+    runs = [
+        make_run(method="dense", ratio=None),
+        make_run(),
+        make_run(options={"bottleneck": 16}),
+        make_run(method="pruning"),
+    ]
+    folder = write_runs(tmp_path, runs)
+    report(folder)
+    seen = visit(folder / "report.html")
+    assert len(rows_of(seen.page)) == len(points_of(seen.page)) == 3
+    assert seen.page.locator("#count").inner_text().startswith("3 of 4 cells shown")
+    seen.choose("method", "variator (bottleneck=16)")
+    assert len(rows_of(seen.page)) == len(points_of(seen.page)) == 1
+    seen.choose("method", "variator (bottleneck=16)")
+    seen.choose("options", "other")
+    assert len(points_of(seen.page)) == 4
+    seen.choose("options", "default")
+    assert len(points_of(seen.page)) == 1
+    seen.page.locator("#clear").click()
+    assert len(rows_of(seen.page)) == 4
+
+
 def test_each_column_sorts_both_ways_with_what_is_missing_last(visit):
     page = visit().page
     data = data_of(page)
