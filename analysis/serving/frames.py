@@ -98,14 +98,8 @@ def _key(cell: ServingCell) -> tuple[Condition, str, str]:
 
 def _order(group: Group, study: ServingStudy) -> tuple[object, ...]:
     engines = [calibration.engine for calibration in study.calibrations]
-    # static:k=16 comes after static:k=2
-    return (
-        group.condition,
-        engines.index(group.engine),
-        not group.static,
-        len(group.policy) * group.static,
-        group.policy,
-    )
+    k = int(group.policy.rpartition("=")[2]) if group.static else 0  # as a text, 16 would come before 2
+    return group.condition, engines.index(group.engine), not group.static, k, group.policy
 
 
 def served_frame(serving: Serving) -> pd.DataFrame:

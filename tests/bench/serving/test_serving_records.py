@@ -22,9 +22,9 @@ def served() -> Served:
     """Five requests, of which the third is just in time for a deadline of one second, and the fourth late."""
     return Served(
         example=np.array([3, 0, 3, 3, 5], np.int32),
-        arrived=np.array([0.0, 1.0, 2.0, 3.0, 4.0]),
-        started=np.array([0.0, 1.0, 2.0, 3.5, 4.0]),
-        finished=np.array([0.5, 1.5, 3.0, 5.0, 4.25]),
+        arrived=np.array([2.0, 3.0, 4.0, 5.0, 6.0]),
+        started=np.array([2.0, 3.0, 4.0, 5.5, 6.0]),
+        finished=np.array([2.5, 3.5, 5.0, 7.0, 6.25]),
         k=np.array([1, 1, 2, 4, 4], np.int16),
         score=np.array([1.0, 0.0, 0.5, 1.0, 1.0], np.float32),
     )
@@ -131,7 +131,7 @@ def test_what_is_written_is_read_again(store: ServingStore) -> None:
     assert requests.columns.tolist() == ["example", "arrived", "latency", "k", "score"]
     assert requests["example"].tolist() == [3, 0, 3, 3, 5] and requests["k"].tolist() == [1, 1, 2, 4, 4]
     assert requests["latency"].tolist() == [0.5, 0.5, 1.0, 2.0, 0.25]
-    assert requests["arrived"].tolist() == [0, 1, 2, 3, 4] and requests["score"].tolist() == [1, 0, 0.5, 1, 1]
+    assert requests["arrived"].tolist() == [2, 3, 4, 5, 6] and requests["score"].tolist() == [1, 0, 0.5, 1, 1]
     files = {path.relative_to(store.folder).as_posix() for path in store.folder.rglob("*") if path.is_file()}
     assert files == {"serving.json", f"requests/{'b' * 16}.parquet"} | {
         f"{kind}/{name * 16}.{suffix}" for kind, suffix in (("cells", "json"), ("tallies", "parquet")) for name in "ab"

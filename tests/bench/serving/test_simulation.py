@@ -155,6 +155,12 @@ def test_a_policy_sees_what_waits_and_what_it_chose() -> None:
     assert served.k.tolist() == [2, 4, 4, 1, 2, 2] and served.score.tolist() == [2, 4.5, 4.5, 1, 2, 2.5]
 
 
+def test_an_answer_is_that_of_its_own_batch_while_another_runs() -> None:
+    scores = {1: np.array([0.25], np.float32), 4: np.array([0.75], np.float32)}
+    served, _ = serve([0.0, 0.5, 2.0], Script([1, 4, 4]), BATCHES, replicas=2, scores=scores)
+    assert served.finished.tolist() == [1.0, 0.75, 2.25] and served.score.tolist() == [0.25, 0.75, 0.75]
+
+
 def test_a_batch_waits_for_its_longest_request() -> None:
     times = ServiceTimes(calibration(lambda k, size, n: [n / 8], lengths=(8, 16), examples=(8, 16)))
     served, _ = serve([0, 0, 0, 5, 5], Static(), times, max_batch=3, lengths=[8, 16, 8, 8, 8])
