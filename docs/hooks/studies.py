@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-FIRST = ("pareto_overview", "pareto_", "drops_", "options_", "latency_")
+FIRST = ("serving_simulated", "serving", "storage", "pareto_overview", "pareto_", "drops_", "options_", "latency_")
 CAPTIONS = {
+    "serving": "Policies under load",
+    "storage": "Bytes against the number of tasks",
     "pareto": "Score against remaining encoder FLOPs",
     "drops": "What is lost",
     "options": "What options lose",
     "latency": "Time against FLOPs",
 }
+TABLES = ("serving.md", "storage.md", "summary.md")
 
 
 def pages(results: Path) -> dict[str, str | bytes]:
