@@ -21,7 +21,7 @@ from analysis.report import regenerate
 from analysis.serving.figures import policies_figure
 from analysis.serving.frames import Serving, agreement_frame, differences_frame, read_serving, served_frame
 from analysis.serving.report import write_serving
-from analysis.serving.tables import load_name, policy_name, tables
+from analysis.serving.tables import CONDITION, load_name, policy_name, tables
 from analysis.style import FORMATS, RC
 from bench.cli import main
 from bench.errors import DamagedResult
@@ -281,12 +281,12 @@ def test_markdown_is_whole(made: Made) -> None:
     assert [row[:2] for row in engines] == names
     assert [row[4] for row in engines[:3]] == [f"{30 * k**0.5:.1f}" for k in KS]
     assert [row[2] for row in engines[:3]] == [f"{100 * RIGHT['variator'][k].mean():.1f}" for k in KS]
-    frame = served_frame(made.serving)
-    first = frame[(frame["mode"] == "real") & (frame["load"] == LOADS[1])]
-    served = [cells_of(line) for line in blocks[1][2:]]
-    assert [row[:2] for row in served] == [[r.engine, policy_name(r.policy)] for r in rows(first)]
-    bold = [i for i, row in enumerate(served) if row[4].startswith("**")]
-    assert bold == np.flatnonzero(first["right_in_time"] == first["right_in_time"].max()).tolist()
+    loads = served_frame(made.serving).groupby(CONDITION, sort=False)
+    for block, (_, mine) in zip(blocks[1:], loads, strict=False):
+        served = [cells_of(line) for line in block[2:]]
+        assert [row[:2] for row in served] == [[row.engine, policy_name(row.policy)] for row in rows(mine)]
+        bold = [i for i, row in enumerate(served) if row[4].startswith("**")]
+        assert bold == np.flatnonzero(mine["right_in_time"] == mine["right_in_time"].max()).tolist()
     assert served[2][-1] == "16: 100" and re.fullmatch(r"1: \d+ 2: \d+ 16: \d+", served[3][-1])
     assert "30 pairs" in text and "200 ms" in text and "30.0 requests a second in full batches of 4" in text
 
