@@ -111,7 +111,7 @@ def serve_and_print(
     if statics:
         setup = Setup(**{**vars(setup), "policies": all_statics(setup.policies, engines)})
     store = ServingStore(root / study)
-    experiment = Experiment(engines, setup, store, sys.argv, lambda text: say(errors, text))
+    experiment = Experiment(engines, setup, store, _command(), lambda text: say(errors, text))
     pending = list(experiment.cells())
     said = experiment.study
     say(
@@ -122,6 +122,17 @@ def serve_and_print(
     if pending:
         _serve(experiment, pending, errors)
     print_served(store)
+
+
+def _command() -> list[str]:
+    """Return what was typed, without the folders of this machine."""
+    words, found = iter(sys.argv[1:]), ["bench"]
+    for word in words:
+        if word.partition("=")[0] not in ("--data-root", "--cache-dir", "--results"):
+            found.append(word)
+        elif "=" not in word:
+            next(words, None)
+    return found
 
 
 class _Messages(Silent):
