@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.errors import ConfigError
-from bench.serving.policies import Deadline, Policy, QueueLength, Static, View, policies
+from bench.serving.policies import Deadline, Policy, QueueLength, Static, View, policies, registered_policies
 from bench.serving.times import ServiceTimes
 from bench.serving.words import read
 from tests.bench.serving.calibrated import calibration
@@ -206,7 +206,11 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 
 
 def found() -> dict[str, type[Policy]]:
-    return policies.__wrapped__()  # nothing is remembered
+    registered_policies.cache_clear()
+    try:
+        return policies()
+    finally:
+        registered_policies.cache_clear()  # nothing is remembered
 
 
 def test_a_policy_of_another_package_is_one_like_ours(install: Install) -> None:
