@@ -229,7 +229,7 @@ def test_a_torn_cell_is_named(study: Study, tmp_path: Path) -> None:
         path.write_bytes(content)
         said = study.call("--results", str(torn.parent))
         assert said.startswith("2\n") and f"error: {path} is not a valid result of serving" in said
-        assert "Remove it, and serve again." in said and "Traceback" not in said
+        assert "Move it away and serve again." in said and "Traceback" not in said
     path.unlink()
     assert "1 cells to serve" in study.call("--results", str(torn.parent))
     (torn / "serving.json").write_text("{")
