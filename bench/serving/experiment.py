@@ -264,7 +264,6 @@ class Experiment:
             "task": (found.task, engine.ctx.task.name),
             "backbone": (found.backbone, engine.ctx.spec.name),
             "seed": (found.seed, engine.ctx.config.seed),
-            "teacher": (found.calibrations[0].models[0].source, engine.models[0].source),
             "--dev-examples": (len(found.calibrations[0].examples), len(engine.examples)),
             "--max-batch": (found.max_batch, self.setup.max_batch),
             "--deadline": (found.deadline_seconds, self.setup.deadline or found.deadline_seconds),
@@ -272,7 +271,10 @@ class Experiment:
             "device": (there.device, here.device),
             "threads": (there.threads, here.threads),
         }
-        if wrong := [f"{name} {was} and not {now}" for name, (was, now) in wanted.items() if was != now]:
+        wrong = [f"{name} {was} and not {now}" for name, (was, now) in wanted.items() if was != now]
+        if not wrong and found.calibrations[0].models[0].source != engine.models[0].source:
+            wrong = ["another teacher"]
+        if wrong:
             raise ConfigError(f"{self.store.folder} holds a study with {', '.join(wrong)}; choose another --study")
 
     @staticmethod

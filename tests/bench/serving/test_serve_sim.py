@@ -261,7 +261,8 @@ def test_another_setup_is_refused(study: Study) -> None:
     said = study.call("--deadline", "3.25")
     assert said.startswith("2\n") and f"{refused} --deadline {deadline} and not 3.25; choose another --study" in said
     assert f"{refused} --max-batch 2 and not 4;" in study.call("--max-batch", "4")
-    assert f"{refused} seed 0 and not 3, teacher " in study.call("--seed", "3", *quick)
+    assert f"{refused} seed 0 and not 3;" in study.call("--seed", "3", *quick)
+    assert f"{refused} another teacher;" in study.call(*quick)
     torch.set_num_threads(2)
     assert f"{refused} threads 1 and not 2;" in study.call()
     torch.set_num_threads(1)
