@@ -96,7 +96,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Mount a disk of a megabyte."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, text=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"no disk can be mounted here, so that none can be full: {done.stderr.strip()}")
     yield folder
