@@ -10,7 +10,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from bench import __version__
+from bench import __version__, processor
 from bench.results import Provenance
 
 PACKAGES = ("torch", "transformers", "datasets", "evaluate", "tokenizers", "peft", "fvcore", "numpy", "scikit-learn")
@@ -27,7 +27,7 @@ def collect(command: list[str]) -> Provenance:
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         host=socket.gethostname(),
         platform=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        hardware=_processor(),
+        hardware=processor.describe(),
         device="cpu",
         threads=os.cpu_count() or 1,
         versions={"bench": __version__, **{p: v for p in PACKAGES if (v := _version(p))}},
@@ -65,12 +65,3 @@ def changed_since(commit: str) -> list[str] | None:
     """Name the library's files that differ from what they were at ``commit``; ``None`` where git does not know it."""
     changed = git(_HERE, "diff", "--name-only", "--relative", commit, "--", ".")
     return None if changed is None else [f"bench/{name}" for name in changed.split()]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"{model}, {os.cpu_count()} cores"

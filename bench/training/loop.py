@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from bench.errors import Diverged
 from bench.training import parallel
+from bench.training.bf16 import quick_bf16
 
 Precision = Literal["fp32", "bf16"]
 
@@ -182,12 +184,14 @@ def train(
     if ranks:
         ranks.must_agree(first, "the step that training goes on from")
         ranks.start_alike(trained)
+    bf16 = schedule.precision == "bf16"
+    quick = quick_bf16(device) if bf16 else nullcontext()
     saved_at = time.monotonic()
     sums: dict[str, float] = {}
     for step in range(first, schedule.steps):
         for group, own in zip(optimizer.param_groups, groups, strict=True):
             group["lr"] = schedule.lr * schedule.factor(step) * own.lr_scale
-        with torch.autocast(device.type, torch.bfloat16, enabled=schedule.precision == "bf16"):
+        with quick, torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss, parts = losses(step)
         value = loss.item()
         if ranks:
@@ -196,7 +200,8 @@ def train(
         if not math.isfinite(value):
             raise Diverged(f"the loss became {value} at step {step + 1} of {schedule.steps} (lr {schedule.lr:g})")
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with quick:
+            loss.backward()
         if ranks:
             ranks.sum_gradients(trained)
         nn.utils.clip_grad_norm_(trained, schedule.clip)
