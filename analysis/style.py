@@ -106,6 +106,10 @@ def save(figure: Figure, stem: Path, formats: Sequence[str]) -> list[Path]:
     # laid out once: each format would start from the layout that the one before it left, a last digit off
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
+    for axes in figure.axes:
+        # the layout's solver goes through its unknowns by their addresses, and sums differ in the last digit with them
+        x, y, width, height = (round(float(edge), 6) for edge in axes.get_position().bounds)
+        axes.set_position((x, y, width, height))
     paths = []
     for suffix in formats:
         content = io.BytesIO()

@@ -55,9 +55,10 @@ ARROWS = {
         f"{_CONTRACTS} {_PARTS} plugins cell artifacts context training execution determinism provenance storage "
         "entry_points serving.records serving.times"
     ),
+    "serving.agreement": "errors serving.records serving.times serving",
     "describe": f"{_CONTRACTS} {_PARTS}",
     "testing": f"{_CONTRACTS} {_PARTS} artifacts context training costing cell runner describe",
-    "analysis": "errors results storage serving.records serving.times",
+    "analysis": "errors results storage serving.records serving.times serving.agreement",
     "verify": f"{_CONTRACTS} {_PARTS} cell provenance storage runner analysis serving.records",
     "launch": (
         f"{_CONTRACTS} {_PARTS} plugins cell artifacts runner tracking describe analysis storage incoming serving hub "

@@ -17,14 +17,12 @@ from matplotlib.ticker import LogLocator
 from analysis import words
 from analysis.frames import groups
 from analysis.serving.frames import MILLISECONDS, Group, Serving
-from analysis.serving.tables import load_name, policy_name
+from analysis.serving.tables import ENVELOPE, load_name, policy_name
 from analysis.style import FAINT, INK, Look, legend, legend_size, looks
 
 WIDTH = 7.2
 COLUMNS = 3
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#6b6b6b")
-ENVELOPE = 0.15
-"""By how much a simulated p95 may differ from the real one."""
 
 
 def policies_figure(frame: pd.DataFrame, title: str) -> Figure:
@@ -158,26 +156,29 @@ def agreement_figure(frame: pd.DataFrame, title: str) -> Figure:
         What was served.
     """
     styles = _marks(frame["load"])
-    _, _, height = legend_size(styles, 3.6)
-    figure = Figure(figsize=(3.6, 3.3 + height), layout="constrained")
+    _, _, height = legend_size(styles, WIDTH)
+    figure = Figure(figsize=(WIDTH, 3.4 + height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    both = frame[["p95_ms_real", "p95_ms_simulated"]]
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    columns = {"p95_ms_simulated": "from the calibration alone", "p95_ms_paced": "at the pace of the real run"}
+    both = frame[["p95_ms_real", *columns]]
     ends = np.array([0.8 * both.min().min(), 1.25 * both.max().max()])
-    axes.fill_between(ends, ends * (1 - ENVELOPE), ends * (1 + ENVELOPE), color="#e6e6e6", lw=0)
-    axes.plot(ends, ends, color=FAINT, lw=0.7)
-    for load, mine in groups(frame, "load", sort=False):
-        look = styles[load_name(str(load))]
-        axes.plot(mine["p95_ms_real"], mine["p95_ms_simulated"], ls="", marker=look.marker, ms=4, mec="white", mew=0.4,
-                  color=look.colour)  # fmt: skip
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_minor_formatter("")
-    _plain_log(axes)
-    axes.set_xlabel("p95 in real time, ms")
-    axes.set_ylabel("p95 simulated, ms")
-    axes.set_title(title, loc="left")
-    legend(figure, styles, "outside upper left", 3.6)
+    for axes, (column, name) in zip(panels, columns.items(), strict=True):
+        axes.fill_between(ends, ends * (1 - ENVELOPE), ends * (1 + ENVELOPE), color="#e6e6e6", lw=0)
+        axes.plot(ends, ends, color=FAINT, lw=0.7)
+        for load, mine in groups(frame, "load", sort=False):
+            look = styles[load_name(str(load))]
+            axes.plot(mine["p95_ms_real"], mine[column], ls="", marker=look.marker, ms=4, mec="white", mew=0.4,
+                      color=look.colour)  # fmt: skip
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter("")
+        _plain_log(axes)
+        axes.set_xlabel("p95 in real time, ms")
+        axes.set_title(name, loc="left")
+    panels[0].set_ylabel("p95 simulated, ms")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=9)
+    legend(figure, styles, "outside lower left", WIDTH)
     return figure
 
 

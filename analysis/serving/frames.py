@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.statistics import RESAMPLES, Array, Bounds, percentile_bounds, t_interval
+from bench.serving.agreement import simulate_again
 from bench.serving.records import ServingCell, ServingStore, ServingStudy, Tally
 
 MILLISECONDS = 1e3
@@ -180,30 +182,43 @@ def _pairs(serving: Serving) -> Iterator[tuple[Group, Group]]:
 
 
 def agreement_frame(serving: Serving) -> pd.DataFrame:
-    """Return a row for each load that was served in real time and simulated with the same arrivals."""
+    """Return a row for each load that was served in real time and simulated with the same arrivals.
+
+    ``p95_ms_paced`` is of the simulation at the ``pace`` that the machine had while it served; see
+    `bench.serving.agreement.simulate_again`.
+    """
     simulated = {
         (group.engine, group.policy, cell.load, cell.load_seed, cell.seconds): cell
         for group in serving.groups
         for cell in group.cells
         if group.condition[:3] == ("simulated", 1, 1.0)
     }
-    rows = []
+    deadline, rows = serving.study.deadline_seconds, []
     for group in serving.groups:
         for cell in group.cells:
             found = simulated.get((group.engine, group.policy, cell.load, cell.load_seed, cell.seconds))
-            if cell.mode == "real" and found:
-                real, other = (MILLISECONDS * c.summary.p95_seconds for c in (cell, found))
-                rows.append(
-                    {
-                        "engine": cell.engine,
-                        "policy": cell.policy,
-                        "load": cell.load,
-                        "seed": cell.load_seed,
-                        "p95_ms_real": real,
-                        "p95_ms_simulated": other,
-                        "ratio": other / real,
-                    }
-                )
+            if cell.mode != "real" or not found:
+                continue
+            again = simulate_again(serving.store, serving.study, cell)
+            pace, paced = (again[0], again[1].summary(deadline)) if again else (math.nan, None)
+            real, other, third = (
+                MILLISECONDS * summary.p95_seconds if summary else math.nan
+                for summary in (cell.summary, found.summary, paced)
+            )
+            rows.append(
+                {
+                    "engine": cell.engine,
+                    "policy": cell.policy,
+                    "load": cell.load,
+                    "seed": cell.load_seed,
+                    "p95_ms_real": real,
+                    "p95_ms_simulated": other,
+                    "ratio": other / real,
+                    "pace": pace,
+                    "p95_ms_paced": third,
+                    "ratio_paced": third / real,
+                }
+            )
     return pd.DataFrame(rows)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
+import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.serving.figures import agreement_figure, policies_figure, timeline_figure, title_of
@@ -32,17 +33,18 @@ def write_serving(folder: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
     if serving is None or not serving.groups:
         return []
     paths = []
-    for name, text in tables(serving).items():
+    agreement = agreement_frame(serving)
+    for name, text in tables(serving, agreement).items():
         paths.append(folder / "tables" / name)
         write_atomic(paths[-1], text.encode())
     with mpl.rc_context(RC):
-        for name, figure in _figures(serving):
+        for name, figure in _figures(serving, agreement):
             paths += save(figure, folder / "figures" / name, formats)
     return paths
 
 
-def _figures(serving: Serving) -> Iterator[tuple[str, Figure]]:
-    served, agreement = served_frame(serving), agreement_frame(serving)
+def _figures(serving: Serving, agreement: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
+    served = served_frame(serving)
     first = serving.study.calibrations[0].engine
     for mode in ("real", "simulated"):
         alone = served[(served["mode"] == mode) & (served["replicas"] == 1) & (served["times"] == 1)]

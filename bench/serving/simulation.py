@@ -11,7 +11,9 @@ from bench.serving.queueing import Batch, Queue
 from bench.serving.records import Served
 
 
-def simulate(queue: Queue, scores: dict[int, NDArray[np.float32]], rng: np.random.Generator) -> Served:
+def simulate(
+    queue: Queue, scores: dict[int, NDArray[np.float32]], rng: np.random.Generator, pace: float = 1.0
+) -> Served:
     """Serve every request of a queue in simulated time.
 
     Parameters
@@ -22,6 +24,8 @@ def simulate(queue: Queue, scores: dict[int, NDArray[np.float32]], rng: np.rando
         k -> score of its answer to each dev example.
     rng
         Where the service times' chance comes from.
+    pace
+        By how much every batch takes longer than the calibration says.
     """
     import simpy
 
@@ -32,7 +36,7 @@ def simulate(queue: Queue, scores: dict[int, NDArray[np.float32]], rng: np.rando
     def run(batch: Batch, started: float, held: simpy.resources.resource.Request) -> Generator[simpy.Event]:
         rows = slice(batch.first, batch.last)
         length = int(requests.lengths[rows].max())
-        yield environment.timeout(times.draw(batch.k, batch.last - batch.first, length, rng))
+        yield environment.timeout(pace * times.draw(batch.k, batch.last - batch.first, length, rng))
         queue.answer(batch, started, environment.now, scores[batch.k][requests.example[rows]])
         idle.release(held)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ from analysis.serving.tables import CONDITION, load_name, policy_name, tables
 from analysis.style import FORMATS, RC
 from bench.cli import main
 from bench.errors import DamagedResult
+from bench.serving.agreement import simulate_again
 from bench.serving.records import Mode, Served, ServingCell, ServingStore, ServingStudy
 from tests.analysis.synthetic import make_run, write_runs
 from tests.bench.serving.calibrated import calibration
@@ -63,9 +65,12 @@ def serve(key: Key) -> Served:
     own = np.random.default_rng([key.seed, *"".join(map(str, key)).encode()])
     static = re.fullmatch(r"static:k=(\d+)", key.policy)
     k = np.full(len(arrived), int(static[1])) if static else own.choice(KS, len(arrived))
-    latency = own.lognormal(-2.0, 0.6, len(arrived)) / k**0.1
+    finished, free = np.empty(len(arrived)), 0.0
+    for i, seconds in enumerate(own.lognormal(-3.6, 0.6, len(arrived)) / k**0.1):  # one by one
+        finished[i] = free = max(free, arrived[i]) + seconds
+    latency = finished - arrived
     score = np.array([RIGHT[key.engine][int(at)][i] for at, i in zip(k, example, strict=True)], np.float32)
-    return Served(example, arrived, arrived + latency / 3, arrived + latency, k.astype(np.int16), score)
+    return Served(example, arrived, arrived + latency / 3, finished, k.astype(np.int16), score)
 
 
 def write_study(
@@ -110,6 +115,7 @@ class Made(NamedTuple):
     root: Path
     written: dict[Key, Served]
     serving: Serving
+    agreement: pd.DataFrame
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +124,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     written = write_study(root)
     serving = read_serving(root / "serving")
     assert serving
-    return Made(root, written, serving)
+    return Made(root, written, serving, agreement_frame(serving))
 
 
 def of(made: Made, row: Any, engine: str | None = None, policy: str | None = None) -> list[Served]:
@@ -246,14 +252,19 @@ def test_policies_that_answer_alike_do_not_differ(tmp_path: Path) -> None:
 
 
 def test_real_time_is_set_against_the_simulation_of_the_same_arrivals(made: Made) -> None:
-    frame = agreement_frame(made.serving)
+    frame = made.agreement
     assert len(frame) == len(LOADS) * 2 * len(POLICIES) and set(frame["seed"]) == {0}
+    cells = {(c.engine, c.policy, c.load): c for c in made.serving.store if c.mode == "real"}
     for row in rows(frame):
         key = Key("real", row.load, row.engine, row.policy, 0)
         pair = [made.written[key], made.written[key._replace(mode="simulated")]]
         real, simulated = (1000 * np.quantile(served.finished - served.arrived, 0.95) for served in pair)
         assert (row.p95_ms_real, row.p95_ms_simulated) == pytest.approx((real, simulated))
         assert row.ratio == pytest.approx(simulated / real)
+        again = simulate_again(made.serving.store, made.serving.study, cells[row.engine, row.policy, row.load])
+        assert again
+        assert (row.pace, row.p95_ms_paced) == (again[0], 1000 * again[1].summary(DEADLINE).p95_seconds)
+        assert row.ratio_paced == pytest.approx(row.p95_ms_paced / real)
 
 
 def test_engines_and_ks_are_in_their_order(made: Made) -> None:
@@ -269,7 +280,7 @@ def cells_of(line: str) -> list[str]:
 
 
 def test_markdown_is_whole(made: Made) -> None:
-    text = tables(made.serving)["serving.md"]
+    text = tables(made.serving, made.agreement)["serving.md"]
     blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     # engines, and each of the loads in three ways, with the differences of each
     assert len(blocks) == 1 + 2 * 3 * len(LOADS)
@@ -292,7 +303,7 @@ def test_markdown_is_whole(made: Made) -> None:
 
 
 def test_csv_is_whole(made: Made) -> None:
-    texts = tables(made.serving)
+    texts = tables(made.serving, made.agreement)
     for name, frame in (("serving.csv", served_frame), ("serving_differences.csv", differences_frame)):
         read = list(csv.reader(texts[name].splitlines()))
         expected = frame(made.serving)
@@ -304,7 +315,7 @@ def test_csv_is_whole(made: Made) -> None:
 
 
 def test_latex_is_whole(made: Made) -> None:
-    text = tables(made.serving)["serving.tex"]
+    text = tables(made.serving, made.agreement)["serving.tex"]
     columns = re.search(r"\\begin\{tabular\}\{(\w+)\}", text)
     body = text.split(r"\midrule", 1)[1].split(r"\bottomrule")[0]
     lines = [line.strip() for line in body.splitlines() if line.strip() and r"\midrule" not in line]
