@@ -227,7 +227,9 @@ def _history(folder: Path, names: list[str]) -> list[str]:
         causes.append(f"record: not as committed: {', '.join(sorted(Path(line[3:]).name for line in edited))}")
     commits = {commit for name in names if (commit := git(folder, "log", "-1", "--format=%H", "--", name))}
     for commit in sorted(commits):
-        code = (f"{top}/analysis", f"{top}/bench/results.py", f"{top}/bench/storage.py")
+        code = tuple(
+            f"{top}/{place}" for place in ("analysis", "bench/results.py", "bench/storage.py", "bench/serving")
+        )
         sources = (("data", SOURCES, "results of this study"), ("code", code, "files of the analysis"))
         for kind, paths, what in sources:
             changed = (git(folder, "diff", "--name-only", commit, "--", *paths) or "").splitlines()
