@@ -7,12 +7,12 @@ import click
 from bench import __version__
 from bench.cli.group import Group
 from bench.cli.listing import list_
-from bench.cli.serving import serve_sim, storage
+from bench.cli.serving import export, serve_sim, storage
 from bench.cli.sharing import convert, hub, pull
 from bench.cli.studies import report, status, verify
 from bench.cli.sweeps import plan, run, sweep
 
-COMMANDS = (list_, plan, run, sweep, serve_sim, status, pull, hub, report, verify, storage, convert)
+COMMANDS = (list_, plan, run, sweep, serve_sim, export, status, pull, hub, report, verify, storage, convert)
 """In the order of the reference."""
 
 

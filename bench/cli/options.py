@@ -27,11 +27,12 @@ data_root = click.option(
     "--data-root", type=FOLDER, help="Local data, DIR/<task>/<split>.parquet; BENCH_DATA_ROOT, else the Hub."
 )
 cache_dir = click.option("--cache-dir", type=FOLDER, help="Teachers and plugins; BENCH_CACHE, else ~/.cache/bench.")
+device = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 where = _together(
     results,
     data_root,
     cache_dir,
-    click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
+    device,
 )
 """The options that say where things are."""
 

@@ -1,4 +1,4 @@
-"""Commands that measure what serving takes: time under load, and bytes of many tasks."""
+"""Commands about serving: time under load, bytes of many tasks, and what a server is given."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from bench.cli.keys import KeysCommand
-from bench.cli.options import surroundings, where
+from bench.cli.options import FOLDER, cache_dir, data_root, device, surroundings, where
 
 _above_zero = click.FloatRange(min=0, min_open=True)
 
@@ -93,6 +93,29 @@ def serve_sim(
     )
     configs = read_sweep(find_sweep(sweep), keys, where["data_root"]).configs
     serve_and_print(configs, results, study, surroundings(**where), setup, statics=not policy)
+
+
+@click.command(cls=KeysCommand)
+@click.argument("sweep")
+@click.argument("out", type=FOLDER)
+@data_root
+@cache_dir
+@device
+def export(keys: dict[str, str], sweep: str, out: Path, **where: Any) -> None:
+    """Write a teacher and its plugins as folders that can be served.
+
+    SWEEP is a file or a shipped name, whose cells of one task, backbone and seed are taken; what was never trained is
+    trained. OUT gets model/, a checkpoint with its tokenizer that transformers reads, and a folder k<k>/ a plugin.
+
+    \b
+    bench export quickstart served
+    bench export sweeps/pilot.yaml served --task sst2
+    """  # noqa: D301
+    from bench.launch.serving import export_and_print
+    from bench.launch.sweep import find_sweep, read_sweep
+
+    configs = read_sweep(find_sweep(sweep), keys, where["data_root"]).configs
+    export_and_print(configs, surroundings(**where), out)
 
 
 @click.command

@@ -17,10 +17,10 @@ from bench.launch.display import console, say
 from bench.launch.served import print_served
 from bench.progress import Silent
 from bench.serving.experiment import Experiment, Pending, Setup, all_statics
+from bench.serving.export import export
 from bench.serving.loads import LOADS, Load
-from bench.serving.policies import Policy, policies
 from bench.serving.records import ServingStore
-from bench.serving.words import read
+from bench.serving.words import read, read_policy
 
 DEFAULT_LOADS = ("poisson:0.5", "poisson:1.1", "bursty", "day")
 DEFAULT_POLICIES = ("queue", "deadline")
@@ -29,11 +29,6 @@ DEFAULT_POLICIES = ("queue", "deadline")
 def read_load(text: str) -> Load:
     """Build the load that ``text`` names."""
     return read(text, "load", LOADS)
-
-
-def read_policy(text: str) -> Policy:
-    """Build the policy that ``text`` names."""
-    return read(text, "policy", policies())
 
 
 def read_scale(text: str) -> tuple[int, float]:
@@ -122,6 +117,23 @@ def serve_and_print(
     if pending:
         _serve(experiment, pending, errors)
     print_served(store)
+
+
+def export_and_print(configs: Sequence[RunConfig], where: Surroundings, out: Path) -> None:
+    """Write the teacher and the plugins of a sweep's Variator cells as folders, and name them.
+
+    Raises
+    ------
+    ConfigError
+        If the sweep has no such cell, or they have not one teacher.
+    BenchError
+        If there is something in ``out``.
+    """
+    cells = [Cell.resolve(config, where) for config in configs if config.method == "variator"]
+    if not cells:
+        raise ConfigError("the sweep has no cell of variator, so that there is no plugin to export")
+    for folder in export(engines_of(cells)["variator"], where, out):
+        say(console(), str(folder))
 
 
 def _command() -> list[str]:

@@ -156,6 +156,20 @@ class Deadline(Policy):
         return view.ks[-1]
 
 
+def choose(policy: Policy, view: View) -> int:
+    """Return what ``policy`` chooses.
+
+    Raises
+    ------
+    ConfigError
+        If it chooses what there is not.
+    """
+    k = policy.choose(view)
+    if k not in view.ks:
+        raise ConfigError(f"policy {policy.name} chose k = {k}; it can choose {', '.join(map(str, view.ks))}")
+    return k
+
+
 _BUILT_IN: dict[str, type[Policy]] = {cls.name: cls for cls in (Static, QueueLength, Deadline)}
 
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.errors import ConfigError
-from bench.serving.policies import Policy, View
+from bench.serving.policies import Policy, View, choose
 from bench.serving.records import Served
 from bench.serving.times import ServiceTimes
 
@@ -86,7 +85,8 @@ class Queue:
         """
         arrived = self.requests.arrived
         waiting = slice(self.first, int(np.searchsorted(arrived, now, side="right")))
-        k = self.policy.choose(
+        k = choose(
+            self.policy,
             View(
                 now=now,
                 arrived=arrived[waiting],
@@ -97,12 +97,8 @@ class Queue:
                 deadline=self.deadline,
                 replicas=self.replicas,
                 seconds=self.times,
-            )
+            ),
         )
-        if k not in self.times.ks:
-            raise ConfigError(
-                f"policy {self.policy.name} chose k = {k}; it can choose {', '.join(map(str, self.times.ks))}"
-            )
         batch = Batch(self.first, min(waiting.stop, self.first + self.max_batch), k)
         self.first, self.last_k = batch.last, k
         return batch

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from bench.errors import ConfigError, first_fault, suggest, unknown
+from bench.serving.policies import Policy, policies
 
 Choice = TypeVar("Choice")
 
@@ -54,6 +55,11 @@ def read(text: str, what: str, known: Mapping[str, type[Choice]]) -> Choice:
         return TypeAdapter(cls).validate_python(given)
     except ValidationError as error:
         raise ConfigError(f"{what} '{text}': {first_fault(error)}") from None
+
+
+def read_policy(text: str) -> Policy:
+    """Build the policy that ``text`` names; see `read`."""
+    return read(text, "policy", policies())
 
 
 def written(name: str, choice: Any) -> str:
