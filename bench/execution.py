@@ -158,7 +158,7 @@ def compress(ctx: RunContext, data: TaskData) -> tuple[Teacher, TaskModel]:
     return teacher, chosen.compress(teacher, data, ctx)
 
 
-def rebuild(cell: Cell, where: Surroundings) -> tuple[RunContext, Teacher, TaskModel]:
+def rebuild(cell: Cell, where: Surroundings, progress: Progress | None = None) -> tuple[RunContext, Teacher, TaskModel]:
     """Return the surroundings, the teacher and the model of a cell again; what is in the artifact cache is not trained.
 
     Parameters
@@ -167,10 +167,12 @@ def rebuild(cell: Cell, where: Surroundings) -> tuple[RunContext, Teacher, TaskM
         A run that is done.
     where
         Data, cache and device, which may differ from those of the run.
+    progress
+        Who watches; nobody by default.
     """
     import torch
 
-    ctx, data = prepare(cell, where, Silent(), torch.device(device_of(where.device)))
+    ctx, data = prepare(cell, where, progress or Silent(), torch.device(device_of(where.device)))
     teacher, model = compress(ctx, data)
     return ctx, teacher, model.eval()
 

@@ -10,12 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import click
+from pydantic import ValidationError
 
 import analysis.__main__
 import bench.cli
 
 ROOT = Path(__file__).parents[1]
-SHELL = {"cd", "cp", "echo", "export", "git", "ls", "mkdir", "sbatch", "source"}
+SHELL = {"cd", "cp", "curl", "echo", "export", "git", "ls", "mkdir", "sbatch", "source"}
 GENERATED = ("results", ".venv")
 
 
@@ -53,6 +54,8 @@ def problem(command: str) -> str | None:
         return _accelerate(arguments)
     if program == "wandb":
         return _wandb(arguments)
+    if program == "serve":
+        return _serve(arguments)
     return None if program in SHELL else f"unknown program {program}"
 
 
@@ -152,3 +155,20 @@ def _accelerate(arguments: list[str]) -> str | None:
 def _wandb(arguments: list[str]) -> str | None:
     known = ("agent", "login", "offline", "online", "sweep", "sync")
     return None if arguments and arguments[0] in known else "no such command"
+
+
+def _serve(arguments: list[str]) -> str | None:
+    """Look at the command line of Ray Serve, and at what an application of this package is given."""
+    from bench.serving.ray_serve import Arguments
+
+    match arguments:
+        case ["run", "bench.serving.ray_serve:app", *given]:
+            pairs = dict(word.split("=", 1) for word in given if "=" in word)
+            try:
+                Arguments.model_validate(pairs)
+            except ValidationError as error:
+                return str(error)
+            return None
+        case ["deploy" | "status" | "shutdown", *_]:
+            return None
+    return "no such command"

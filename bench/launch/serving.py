@@ -132,7 +132,7 @@ def export_and_print(configs: Sequence[RunConfig], where: Surroundings, out: Pat
     cells = [Cell.resolve(config, where) for config in configs if config.method == "variator"]
     if not cells:
         raise ConfigError("the sweep has no cell of variator, so that there is no plugin to export")
-    for folder in export(engines_of(cells)["variator"], where, out):
+    for folder in export(engines_of(cells)["variator"], where, out, _Messages()):
         say(console(), str(folder))
 
 
@@ -148,7 +148,12 @@ def _command() -> list[str]:
 
 
 class _Messages(Silent):
-    """Says what a person should know, and nothing of how far a training is."""
+    """Says what a person should know: messages, and which training begins."""
+
+    def stage(self, name: str, total: int, weight: float = 0.0) -> None:
+        """Say it of what is trained, which takes minutes."""
+        if weight:
+            self.message(f"training: {name}, {total} steps")
 
     def message(self, text: str) -> None:
         """Say it."""

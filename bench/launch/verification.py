@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 from rich.console import Console
 
@@ -20,7 +21,7 @@ from bench.results import ResultStore, RunResult
 from bench.serving.records import SERVING_FILE
 from bench.tasks.own import read_own
 from bench.verify.again import Elsewhere, Judgement, choose, make_again, recorded_config
-from bench.verify.comparing import COST_TOLERANCE, METRIC_TOLERANCE, PREDICTION_TOLERANCE
+from bench.verify.comparing import COST_TOLERANCE, MEMORY_TOLERANCE, METRIC_TOLERANCE, PREDICTION_TOLERANCE
 from bench.verify.tables import compile_again
 
 SHOWN = 8
@@ -183,8 +184,17 @@ def _print_summary(judgements: Sequence[Judgement], unreadable: int, out: Consol
     if counts["within tolerance"]:
         say(
             out,
-            f"Within tolerance: metrics to {METRIC_TOLERANCE:.2f}, at most {PREDICTION_TOLERANCE:.0%} of the answers "
-            f"changed, what the dense model costs exact, other costs to {COST_TOLERANCE:.0%}.",
+            "Within tolerance: metrics to half the width of their recorded interval, or "
+            f"{METRIC_TOLERANCE:.2f}; no more answers changed than were wrong, or {PREDICTION_TOLERANCE:.0%}; costs of "
+            f"the dense model exact, FLOPs and bytes of the compressed one to {COST_TOLERANCE:.0%}, its memory to "
+            f"{MEMORY_TOLERANCE:.0%}.",
+        )
+    moved = [judgement.moved for judgement in judgements if judgement.moved is not None]
+    if len(moved) > 1 and any(moved):
+        say(
+            out,
+            f"The dev metric of {len(moved)} runs, made again minus recorded: {fmean(moved):+.4f} on average, "
+            f"from {min(moved):+.4f} to {max(moved):+.4f}. Runs of one teacher move together.",
         )
     same = {str(cause) for j in judgements if j.outcome == "identical" for cause in j.causes}
     for text in sorted(same):

@@ -9,11 +9,12 @@ from bench.cell import Cell, Surroundings
 from bench.errors import BenchError
 from bench.execution import rebuild
 from bench.plugins.plugin import Plugin
+from bench.progress import Progress
 
 MODEL_FOLDER = "model"
 
 
-def export(cells: Sequence[Cell], where: Surroundings, out: Path) -> list[Path]:
+def export(cells: Sequence[Cell], where: Surroundings, out: Path, progress: Progress | None = None) -> list[Path]:
     """Write the teacher with its tokenizer to ``out/model``, and each plugin to ``out/k<k>``.
 
     Parameters
@@ -24,6 +25,8 @@ def export(cells: Sequence[Cell], where: Surroundings, out: Path) -> list[Path]:
         Data, cache and device.
     out
         A folder that does not exist yet, or is empty.
+    progress
+        Who watches what is trained.
 
     Returns
     -------
@@ -39,7 +42,7 @@ def export(cells: Sequence[Cell], where: Surroundings, out: Path) -> list[Path]:
         raise BenchError(f"{out} is not empty; name a folder that does not exist yet")
     folders: list[Path] = []
     for cell in cells:
-        ctx, teacher, _ = rebuild(cell, where)
+        ctx, teacher, _ = rebuild(cell, where, progress)
         if not folders:
             folders.append(out / MODEL_FOLDER)
             teacher.model.model.save_pretrained(folders[0])

@@ -47,6 +47,8 @@ class Judgement:
         What differs between there and here; where everything came out, what may differ without changing a number.
     made, found
         Trainings that were done again, and those whose artifact was in the cache.
+    moved
+        The primary dev metric, made again minus recorded; ``None`` where a run has none.
     """
 
     run_id: str
@@ -56,6 +58,7 @@ class Judgement:
     causes: list[Cause] = field(default_factory=list)
     made: tuple[str, ...] = ()
     found: tuple[str, ...] = ()
+    moved: float | None = None
 
     @property
     def good(self) -> bool:
@@ -241,7 +244,16 @@ def _make_again(
         causes=causes or ([UNEXPLAINED] if found else []),
         made=tuple(stage.name for stage in made.training if not stage.cached),
         found=tuple(stage.name for stage in made.training if stage.cached),
+        moved=_moved(recorded, made),
     )
+
+
+def _moved(recorded: RunResult, made: RunResult) -> float | None:
+    before, now = recorded.evaluation("dev"), made.evaluation("dev")
+    if before is None or now is None or not before.metrics or before.metrics.keys() != now.metrics.keys():
+        return None
+    primary = next(iter(before.metrics))
+    return now.metrics[primary].value - before.metrics[primary].value
 
 
 def _outcome(found: list[Difference], causes: list[Cause]) -> Outcome:

@@ -22,11 +22,15 @@ from tests.readme_commands import commands
 TOURS = sorted((ROOT / "docs" / "tours").glob("*.md"))
 RUN_ELSEWHERE = {
     "bench convert FILE.pkl OUT": "tests/bench/plugins/test_convert.py",
+    "bench export quickstart served": "tests/bench/serving/test_export.py",
     "bench report pilot": "tests/analysis/test_analysis_command.py",
     "bench serve-sim sweeps/pilot.yaml --task sst2 --method variator --data-root DATA": (
         "tests/bench/serving/test_serve_sim.py"
     ),
     "bench storage storage --data-root DATA": "tests/bench/serving/test_storage.py",
+    "serve run bench.serving.ray_serve:app model=served/model plugins=served/k2,served/k4,served/k8 "
+    "task=movie_snippets replicas=2": "tests/bench/serving/test_ray_serve.py",
+    "pip install -c constraints.txt -e '.[quickstart,ray]'": "tests/test_packaging.py",
     "bench verify results/pilot --run 25b4c6f8 --data-root DATA": "tests/bench/verify/test_again.py",
     "bench verify results/pilot --sample 3 --data-root DATA": "tests/bench/verify/test_again.py",
 }

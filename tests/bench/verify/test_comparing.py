@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 
 from bench.results import RunResult, TrainingStage
 from bench.verify.causes import of_surroundings
-from bench.verify.comparing import COST_TOLERANCE, METRIC_TOLERANCE, PREDICTION_TOLERANCE, differences
+from bench.verify.comparing import COST_TOLERANCE, MEMORY_TOLERANCE, METRIC_TOLERANCE, differences
 from bench.verify.records import contradictions
 from tests.analysis.synthetic import make_run
 
@@ -47,11 +46,13 @@ def test_timings_places_and_caches_are_no_difference(run: Any) -> None:
     assert compared(run, change) == []
 
 
-def set_accuracy(by: float) -> Change:
+def set_accuracy(half_widths: float) -> Change:
     def change(made: RunResult) -> None:
         dev = made.evaluation("dev")
         assert dev
-        dev.metrics["accuracy"].value += by
+        interval = dev.metrics["accuracy"]
+        assert (interval.high - interval.low) / 2 > METRIC_TOLERANCE
+        interval.value += half_widths * (interval.high - interval.low) / 2
 
     return change
 
@@ -68,12 +69,19 @@ def set_cost(name: str, factor: float) -> Change:
     return change
 
 
+def set_memory(factor: float) -> Change:
+    def change(made: RunResult) -> None:
+        made.memory[0].compressed_bytes = round(made.memory[0].compressed_bytes * factor)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "within", "said"),
     [
-        (set_accuracy(0.9 * METRIC_TOLERANCE), True, "dev accuracy: "),
-        (set_accuracy(-1.1 * METRIC_TOLERANCE), False, "dev accuracy: "),
-        (set_accuracy(math.ulp(1.0)), True, "dev accuracy: "),
+        (set_accuracy(0.9), True, "dev accuracy: "),
+        (set_accuracy(-1.1), False, "dev accuracy: "),
+        (set_accuracy(1e-12), True, "dev accuracy: "),
         (set_cost("real.compressed.encoder", 1 + 0.9 * COST_TOLERANCE), True, "cost.real.compressed.encoder: "),
         (set_cost("real.compressed.encoder", 1 + 1.1 * COST_TOLERANCE), False, "cost.real.compressed.encoder: "),
         (set_cost("real.dense.encoder", 1 + 1e-6), False, "cost.real.dense.encoder: "),
@@ -87,7 +95,8 @@ def set_cost(name: str, factor: float) -> Change:
         (lambda made: made.training[0].history.pop(), False, "2 records, made again 1"),
         (lambda made: setattr(made.training[0], "steps", 21), False, "training 'adapt'.steps: 20 recorded, 21"),
         (lambda made: made.training.clear(), False, "trainings: adapt; made again none"),
-        (lambda made: setattr(made.memory[0], "compressed_bytes", 1), False, "memory.batch 1.compressed_bytes: "),
+        (set_memory(1 + 0.9 * MEMORY_TOLERANCE), True, "memory.batch 1.compressed_bytes: "),
+        (set_memory(1 + 1.2 * MEMORY_TOLERANCE), False, "memory.batch 1.compressed_bytes: "),
         (lambda made: setattr(made, "status", "diverged"), False, "status: recorded done · made again diverged"),
     ],
 )
@@ -96,14 +105,50 @@ def test_a_difference_is_named_and_judged(run: Any, change: Change, within: bool
     assert said in difference.text and difference.within is within
 
 
-def test_answers_are_compared_one_by_one(run: Any) -> None:
+def test_a_narrow_interval_gives_a_metric_a_point(run: Any) -> None:
+    for evaluation in run[0].evaluations:
+        interval = evaluation.metrics["accuracy"]
+        interval.low, interval.high = interval.value - 1e-3, interval.value + 1e-3
+    for by, within in ((0.9, True), (1.1, False)):
+
+        def change(made: RunResult, by: float = by) -> None:
+            dev = made.evaluation("dev")
+            assert dev
+            dev.metrics["accuracy"].value += by * METRIC_TOLERANCE
+
+        [difference] = compared(run, change)
+        assert difference.within is within
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_as_many_answers_may_change_as_were_wrong(run: Any, more: int) -> None:
+    frame = run[1].copy()
+    wrong = int((frame["prediction"] != frame["label"]).sum())
+    assert wrong > 0.05 * len(frame)
+    # as many to the wrong as to the right: the metric alone would show nothing
+    changed = wrong + more
+    frame.loc[: changed - 1, "prediction"] = 1 - frame.loc[: changed - 1, "prediction"]
+    [difference] = compared(run, lambda made: None, frame)
+    assert difference.text.startswith(f"predictions: {changed} of {len(frame)} changed")
+    assert difference.text.endswith(f"and {wrong} were wrong")
+    assert difference.within is not bool(more)
+
+
+def test_answers_that_are_as_good_and_have_nothing_to_do_with_the_recorded_are_too_many(run: Any) -> None:
+    generator = np.random.default_rng(0)
+    frame = run[1].copy()
+    right = float((frame["prediction"] == frame["label"]).mean())
+    others = np.where(generator.random(len(frame)) < right, frame["label"], 1 - frame["label"])
+    [difference] = compared(run, lambda made: None, frame.assign(prediction=others))
+    assert not difference.within
+
+
+def test_of_answers_that_were_nearly_all_right_a_twentieth_may_change(run: Any) -> None:
+    result, frame = run[0], run[1].assign(prediction=run[1]["label"])
     for share, within in ((0.9, True), (1.1, False)):
-        frame = run[1].copy()
-        changed = round(share * PREDICTION_TOLERANCE * len(frame))
-        # as many to the wrong as to the right: the metric alone would show nothing
-        frame.loc[: changed - 1, "prediction"] = 1 - frame.loc[: changed - 1, "prediction"]
-        [difference] = compared(run, lambda made: None, frame)
-        assert difference.text.startswith(f"predictions: {changed} of {len(frame)} changed")
+        now = frame.copy()
+        now.loc[: round(share * 0.05 * len(frame)) - 1, "prediction"] += 1
+        [difference] = differences(result, result, frame, now)
         assert difference.within is within
 
 
@@ -117,17 +162,20 @@ def test_other_examples_and_labels_are_no_rounding(run: Any) -> None:
     assert difference.text == "predictions: the examples have other labels" and not difference.within
 
 
-@pytest.mark.parametrize(("by", "changed"), [(0.001, 0), (0.2, 10)])
-def test_a_number_is_another_answer_where_it_moves_by_a_hundredth_of_the_range(by: float, changed: int) -> None:
+@pytest.mark.parametrize(
+    ("spread", "by", "within"), [(1.0, 0.9, True), (1.0, 1.1, False), (0.0, 0.2, True), (0.0, 0.3, False)]
+)
+def test_numbers_may_be_as_far_from_the_recorded_as_those_from_the_labels(
+    spread: float, by: float, within: bool
+) -> None:
+    """Or a twentieth of the labels' range, where the recorded ones are nearer than that."""
     result, _ = make_run("sst2")
     result.task["kind"] = "regression"
-    labels = np.linspace(0, 5, 100)
-    before = pd.DataFrame({"id": [str(i) for i in range(100)], "prediction": labels, "label": labels, "score": labels})
-    now = before.copy()
-    now.loc[:9, ["prediction", "score"]] += by
-    texts = {d.text for d in differences(result, result, before, now)}
-    assert (f"predictions: {changed} of 100 changed (10.0%)" in texts) is bool(changed)
-    assert any(text.startswith("scores of the predictions") for text in texts)
+    labels, signs = np.linspace(0, 5, 100), np.tile([-1.0, 1.0], 50)
+    before = pd.DataFrame({"id": range(100), "prediction": labels + spread * signs, "label": labels, "score": labels})
+    [difference] = differences(result, result, before, before.assign(prediction=before["prediction"] + by))
+    assert difference.text.startswith(f"predictions: {by:.2g} from the recorded ones")
+    assert difference.within is within
 
 
 def test_accepted_answers_are_compared_as_lists() -> None:
@@ -136,6 +184,8 @@ def test_accepted_answers_are_compared_as_lists() -> None:
     before, now, other = (frame.assign(label=[np.array(["x", "z"]), np.array([last])]) for last in ("y", "y", "w"))
     assert differences(result, result, before, now) == []
     assert [d.within for d in differences(result, result, before, other)] == [False]
+    [changed, *_] = differences(result, result, before, now.assign(prediction=["X", "other"]))
+    assert changed.text.endswith("2 of 2 changed (100.0%), and 0 were wrong")
 
 
 def test_a_record_that_agrees_with_itself(run: Any) -> None:
