@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -159,16 +160,26 @@ def _wandb(arguments: list[str]) -> str | None:
 
 def _serve(arguments: list[str]) -> str | None:
     """Look at the command line of Ray Serve, and at what an application of this package is given."""
-    from bench.serving.ray_serve import Arguments
-
     match arguments:
         case ["run", "bench.serving.ray_serve:app", *given]:
-            pairs = dict(word.split("=", 1) for word in given if "=" in word)
-            try:
-                Arguments.model_validate(pairs)
-            except ValidationError as error:
-                return str(error)
+            if bare := [word for word in given if "=" not in word]:
+                return f"{bare[0]} is no NAME=VALUE"
+            return served_arguments(dict(word.split("=", 1) for word in given))
+        case ["deploy", file] if file.endswith(".yaml"):
             return None
-        case ["deploy" | "status" | "shutdown", *_]:
+        case ["status"]:
             return None
     return "no such command"
+
+
+def served_arguments(given: Mapping[str, object]) -> str | None:
+    """Return why the application for Ray Serve cannot be given these arguments, or ``None``."""
+    if not find_spec("ray"):
+        return None
+    from bench.serving.ray_serve import Arguments
+
+    try:
+        Arguments.model_validate(given)
+    except ValidationError as error:
+        return str(error)
+    return None

@@ -134,6 +134,8 @@ def export_and_print(configs: Sequence[RunConfig], where: Surroundings, out: Pat
         raise ConfigError("the sweep has no cell of variator, so that there is no plugin to export")
     for folder in export(engines_of(cells)["variator"], where, out, _Messages()):
         say(console(), str(folder))
+    if length := cells[0].config.max_length:
+        say(console(stderr=True), f"trained on inputs of at most {length} tokens: serve it with max_length={length}")
 
 
 def _command() -> list[str]:

@@ -167,7 +167,7 @@ def choose(policy: Policy, view: View) -> int:
     k = policy.choose(view)
     if k not in view.ks:
         raise ConfigError(f"policy {policy.name} chose k = {k}; it can choose {', '.join(map(str, view.ks))}")
-    return k
+    return view.ks[view.ks.index(k)]  # as an int, whatever number it was
 
 
 _BUILT_IN: dict[str, type[Policy]] = {cls.name: cls for cls in (Static, QueueLength, Deadline)}

@@ -7,17 +7,15 @@ Ray Serve does all the rest: processes, HTTP, routing, restarts, scaling.
 
 # not `from __future__ import annotations`: Ray Serve looks whether what `app` is annotated with is a class
 
-import asyncio
+import logging
 import time
-from collections import deque
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from ray import serve
 from ray.serve import Application
 from starlette.requests import Request
@@ -25,11 +23,14 @@ from starlette.responses import JSONResponse
 
 from bench.errors import BenchError, ConfigError
 from bench.plugins.plugin import Plugin
-from bench.serving.policies import Static, View, choose
+from bench.serving.batcher import Batcher
+from bench.serving.policies import Deadline, Static
 from bench.serving.resident import ResidentModel
 from bench.serving.words import read_policy
 from bench.tasks.catalogue import resolve_task
-from bench.tasks.features import Feature
+from bench.tasks.spec import TaskSpec
+
+LOG = logging.getLogger("ray.serve")
 
 
 class Arguments(BaseModel):
@@ -49,13 +50,15 @@ class Arguments(BaseModel):
         How many models are held, each in a process of its own.
     max_batch
         Most requests of a batch.
+    max_length
+        Longest input in tokens, beyond which it is cut; by default the task's.
     deadline
         Seconds from arrival to answer that policies aim at; by default twice what the dense model takes for a full
         batch of the longest inputs, as each replica measures when it starts.
     max_waiting
         Requests that a replica holds at once; what comes beyond waits at the proxy, where no policy sees it.
     cpus, gpus
-        What each replica is given of a machine; ``cpus`` are its threads too.
+        What each replica is given of a machine. ``cpus`` are its threads too; without ``gpus`` it runs on the CPU.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,6 +69,7 @@ class Arguments(BaseModel):
     policy: str = "deadline"
     replicas: int = Field(default=1, ge=1)
     max_batch: int = Field(default=16, ge=1)
+    max_length: int | None = Field(default=None, ge=4)
     deadline: float | None = Field(default=None, gt=0)
     max_waiting: int = Field(default=256, ge=1)
     cpus: float = Field(default=1, gt=0)
@@ -76,34 +80,19 @@ class Arguments(BaseModel):
     def _split(cls, value: object) -> object:
         return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
-
-@dataclass(frozen=True)
-class Waiting:
-    """A request that is not answered yet.
-
-    Attributes
-    ----------
-    feature
-        What it asks, encoded.
-    arrived
-        When it came, by ``time.perf_counter``.
-    answer
-        Gets k and the answer.
-    """
-
-    feature: Feature
-    arrived: float
-    answer: "asyncio.Future[tuple[int, dict[str, Any]]]"
+    @model_validator(mode="after")
+    def _holds_a_batch(self) -> Self:
+        if self.max_waiting < self.max_batch:
+            raise ValueError(f"max_waiting {self.max_waiting} is less than max_batch {self.max_batch}")
+        return self
 
 
 class Replica:
     """One model with its bank, and the requests that wait for it.
 
-    Requests are answered first come, first served, in batches of whatever waits, as in `bench.serving.queueing`.
-
     Parameters
     ----------
-    arguments
+    arguments, task
         As they were checked by `app`.
 
     Raises
@@ -112,94 +101,50 @@ class Replica:
         If the model or a plugin cannot be loaded, or they do not fit; Ray Serve shows the reason.
     """
 
-    def __init__(self, arguments: Arguments) -> None:
-        self.arguments, self.policy = arguments, read_policy(arguments.policy)
-        self.resident = ResidentModel(arguments.model, arguments.plugins, resolve_task(arguments.task))
-        if isinstance(self.policy, Static) and self.policy.k not in self.resident.ks:
-            raise ConfigError(f"policy static:{self.policy.k}: the model serves k = {_ks(self.resident.ks)}")
-        self.times = self.resident.calibrate(arguments.max_batch)
-        longest = np.array([self.resident.task.max_length])
-        dense = float(self.times(1, np.array([arguments.max_batch]), longest)[0])
-        self.deadline = arguments.deadline or 2 * dense
-        self.last_k = 1
-        self.waiting: deque[Waiting] = deque()
-        self.arrival = asyncio.Event()
-        # the event loop stays free while the model runs, or what arrives meanwhile would be seen too late
-        self.model_thread = ThreadPoolExecutor(max_workers=1)
-        self.answering: asyncio.Task[None] | None = None
+    def __init__(self, arguments: Arguments, task: TaskSpec) -> None:
+        threads = max(1, int(arguments.cpus))
+        torch.set_num_threads(threads)
+        device = "cuda" if arguments.gpus else "cpu"
+        self.resident = ResidentModel(arguments.model, arguments.plugins, task, device)
+        times = self.resident.calibrate(arguments.max_batch)
+        dense = float(times(1, np.array([arguments.max_batch]), np.array([task.max_length]))[0])
+        # not `serve.batch`, which fills its next batches by the clock while one still runs: when the model is free,
+        # they are of the few requests that came first, however many wait by then
+        self.batcher = Batcher(
+            self.resident.answer,
+            read_policy(arguments.policy),
+            times,
+            arguments.max_batch,
+            arguments.deadline or 2 * dense,
+            threads,
+        )
 
     async def __call__(self, request: Request) -> JSONResponse:
-        """Answer one request: 200 with ``label`` or ``answer``, ``k``, ``seconds`` and ``replica``; 400 with ``error``.
+        """Answer one request: 200 with ``label`` or ``answer``, ``k``, ``seconds`` and ``replica``, else ``error``.
 
         Parameters
         ----------
         request
-            Its body is JSON, as `bench.serving.resident.ResidentModel.read` takes it.
+            Its body is JSON, as `bench.serving.resident.ResidentModel.read` takes it; 400 where it is not.
         """
-        arrived = time.perf_counter()
+        body = await request.body()
+        began = time.perf_counter()
         try:
-            feature = self.resident.read(await _json(request))
+            feature = self.resident.read_json(body)
         except BenchError as error:
             return JSONResponse({"error": str(error)}, status_code=400)
-        waiting = Waiting(feature, arrived, asyncio.get_running_loop().create_future())
-        self.waiting.append(waiting)
-        self.arrival.set()
-        if self.answering is None:
-            self.answering = asyncio.create_task(self._answer_batches())
-        k, answer = await waiting.answer
-        seconds = round(time.perf_counter() - arrived, 6)
+        try:
+            k, answer = await self.batcher.ask(feature)
+        except Exception as error:
+            LOG.exception("a batch failed")
+            return JSONResponse({"error": f"{type(error).__name__}: {error}"}, status_code=500)
+        seconds = round(time.perf_counter() - began, 6)
         replica = serve.get_replica_context().replica_id.unique_id
         return JSONResponse({**answer, "k": k, "seconds": seconds, "replica": replica})
 
-    async def _answer_batches(self) -> None:
-        # not `serve.batch`, which fills its next batches by the clock while one still runs: when the model is free,
-        # they are of the few requests that came first, however many wait by then
-        while True:
-            await self.arrival.wait()
-            try:
-                k, batch = self._take()
-            except Exception as error:  # a policy may be another package's; those who wait are told
-                _fail(self.waiting, error)
-                self.waiting.clear()
-                k, batch = self.last_k, []
-            if not self.waiting:
-                self.arrival.clear()
-            if not batch:
-                continue
-            features = [waiting.feature for waiting in batch]
-            try:
-                answers = await asyncio.get_running_loop().run_in_executor(
-                    self.model_thread, self.resident.answer, k, features
-                )
-            except Exception as error:  # whatever a batch dies of, the next one may live
-                _fail(batch, error)
-                continue
-            for waiting, answer in zip(batch, answers, strict=True):
-                if not waiting.answer.done():
-                    waiting.answer.set_result((k, answer))
-
-    def _take(self) -> tuple[int, list[Waiting]]:
-        """Take the next batch and what it is run at; those who went away before their turn are left out."""
-        queue = [waiting for waiting in self.waiting if not waiting.answer.done()]
-        self.waiting = deque(queue)
-        if not queue:
-            return self.last_k, []
-        k = choose(
-            self.policy,
-            View(
-                now=time.perf_counter(),
-                arrived=np.array([waiting.arrived for waiting in queue]),
-                lengths=np.array([len(waiting.feature["input_ids"]) for waiting in queue]),
-                ks=self.resident.ks,
-                last=self.last_k,
-                max_batch=self.arguments.max_batch,
-                deadline=self.deadline,
-                replicas=1,
-                seconds=self.times,
-            ),
-        )
-        self.last_k = k
-        return k, [self.waiting.popleft() for _ in range(min(len(queue), self.arguments.max_batch))]
+    def check_health(self) -> None:
+        """Raise where Ray Serve should start another in place of this one."""
+        self.batcher.check()
 
 
 def app(arguments: Arguments) -> Application:
@@ -213,48 +158,32 @@ def app(arguments: Arguments) -> Application:
     Raises
     ------
     BenchError
-        If the task or the policy is unknown, a plugin cannot be read, or a static policy has a k that no plugin has.
+        If the task or the policy is unknown, a plugin cannot be read, there are two of one k, or the policy does not
+        go with them.
     """
-    resolve_task(arguments.task)
-    policy = read_policy(arguments.policy)
+    task, policy = resolve_task(arguments.task), read_policy(arguments.policy)
+    if arguments.max_length:
+        task = task.model_copy(update={"max_length": arguments.max_length})
+    if task.kind == "qa" and isinstance(policy, Deadline):
+        raise ConfigError(f"policy deadline needs times that are known; those of {task.name} are the answers' lengths")
     # the replicas' current folder is not this one
-    given = arguments.model_copy(
-        update={
-            "model": _absolute(arguments.model),
-            "plugins": tuple(map(_absolute, arguments.plugins)),
-            "task": _absolute(arguments.task),
-        }
-    )
-    ks = (1, *sorted(Plugin.from_pretrained(plugin).config.k for plugin in given.plugins))
-    if isinstance(policy, Static) and policy.k not in ks:
-        raise ConfigError(f"policy static:{policy.k}: the model serves k = {_ks(ks)}")
+    plugins = tuple(map(_absolute, arguments.plugins))
+    given = arguments.model_copy(update={"model": _absolute(arguments.model), "plugins": plugins})
+    counts = Counter([1, *(Plugin.from_pretrained(plugin).config.k for plugin in plugins)])
+    if twice := [k for k, count in counts.items() if count > 1]:
+        raise ConfigError(f"there are two plugins of k = {twice[0]}: {', '.join(plugins)}")
+    if isinstance(policy, Static) and policy.k not in counts:
+        raise ConfigError(f"policy static:{policy.k}: the model serves k = {', '.join(map(str, sorted(counts)))}")
     deployment = serve.deployment(
         name="Variator",
         num_replicas=arguments.replicas,
-        max_ongoing_requests=max(arguments.max_waiting, arguments.max_batch),
+        max_ongoing_requests=arguments.max_waiting,
         ray_actor_options={"num_cpus": arguments.cpus, "num_gpus": arguments.gpus},
         max_constructor_retry_count=2,  # a plugin that does not fit will not fit the twentieth time
     )(Replica)
-    return deployment.bind(given)
-
-
-async def _json(request: Request) -> object:
-    try:
-        return await request.json()
-    except ValueError:
-        return None
+    return deployment.bind(given, task)
 
 
 def _absolute(name: str) -> str:
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name
-
-
-def _fail(batch: Iterable[Waiting], error: Exception) -> None:
-    for waiting in batch:
-        if not waiting.answer.done():
-            waiting.answer.set_exception(error)
-
-
-def _ks(ks: tuple[int, ...]) -> str:
-    return ", ".join(map(str, ks))

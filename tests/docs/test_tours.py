@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from bench.plugins.plugin import Plugin
 from bench.testing.checkpoints import tiny_model
 from tests.documents import ROOT, python_blocks
-from tests.readme_commands import commands
+from tests.readme_commands import commands, served_arguments
 
 TOURS = sorted((ROOT / "docs" / "tours").glob("*.md"))
 RUN_ELSEWHERE = {
@@ -89,6 +90,13 @@ def test_the_code_of_a_tour_runs(page: Path, checkout: Path, capsys: pytest.Capt
         assert torch.equal(model(**given["batch"]).logits, given["calm"])
     for comment in re.findall(r"print\(.*\) {2,}# (\d.*)$", page.read_text(), re.M):
         assert comment in printed
+
+
+def test_the_file_that_is_deployed_can_be() -> None:
+    [text] = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / "deploying.md").read_text(), re.M | re.S)
+    [application] = yaml.safe_load(text)["applications"]
+    assert application["import_path"] == "bench.serving.ray_serve:app"
+    assert served_arguments(application["args"]) is None
 
 
 def test_tours_are_short_and_complete() -> None:

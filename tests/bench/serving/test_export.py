@@ -10,13 +10,12 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from torch import Tensor
-from transformers import BertForSequenceClassification
 
 from bench.backbones.model import TaskModel
 from bench.cell import Cell, Surroundings
 from bench.cli import main
 from bench.context import RunContext
-from bench.errors import BackboneError, DataError, PluginError
+from bench.errors import BenchError
 from bench.execution import rebuild
 from bench.serving.export import export
 from bench.serving.resident import ResidentModel
@@ -25,8 +24,6 @@ from bench.tasks.evaluation import MODEL_INPUTS
 from bench.tasks.features import collate
 from tests.bench_command import tiny_sweep
 from tests.checkpoints import FAMILIES, Family, quick_config, task_file, tiny_checkpoint
-
-TEXTS = ("good and bad", "a film", "bad bad bad bad good")
 
 
 def exported(folder: Path, family: Family, **settings: Any) -> tuple[list[Cell], Surroundings, ResidentModel]:
@@ -64,27 +61,19 @@ def test_folders_alone_answer_as_the_runs_did(tmp_path: Path, family: Family, lo
     assert not any(torch.allclose(one, other, atol=1e-6) for one, other in combinations(seen, 2))
 
 
-def test_a_request_is_encoded_as_an_example_is(tmp_path: Path) -> None:
+def test_what_is_written_names_the_classes(tmp_path: Path) -> None:
     _, _, resident = exported(tmp_path, "bert")
-    for text in TEXTS:
-        assert resident.read({"text": text}) == resident.read({resident.task.text: text})
-        assert resident.read({"text": text})["input_ids"] == resident.tokenizer(text)["input_ids"]
-    with pytest.raises(DataError, match="the field 'text' is missing"):
-        resident.read({})
+    assert resident.model.model.config.id2label == dict(enumerate(resident.task.labels))
 
 
-def test_a_checkpoint_without_a_head_is_refused(tmp_path: Path) -> None:
-    task, checkpoint = resolve_task(str(task_file(tmp_path / "task"))), tiny_checkpoint(tmp_path / "bert", "bert")
-    BertForSequenceClassification.from_pretrained(checkpoint).bert.save_pretrained(checkpoint)
-    with pytest.raises(BackboneError, match="holds no head"):
-        ResidentModel(str(checkpoint), [], task, "cpu")
-
-
-def test_plugins_of_one_k_are_refused(tmp_path: Path) -> None:
-    exported(tmp_path, "bert")
-    served, task = tmp_path / "served", resolve_task(str(tmp_path / "task/mood.yaml"))
-    with pytest.raises(PluginError):
-        ResidentModel(str(served / "model"), [str(served / "k2"), str(served / "k2")], task, "cpu")
+def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    cells, where, _ = exported(tmp_path, "bert")
+    given = {name: getattr(cells[0].config, name) for name in ("task", "backbone")}
+    none = Cell.resolve(quick_config(**given, method="dense"), where)
+    with pytest.raises(BenchError, match="made no plugin"):
+        export([cells[0], none], where, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".again")]
 
 
 def command(*words: object, at: Path) -> Result:
