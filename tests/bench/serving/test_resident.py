@@ -52,12 +52,7 @@ def bert(tmp_path: Path) -> ResidentModel:
 @pytest.mark.parametrize(
     ("family", "kind"),
     # the tiny T5 has no tokens for the numbers of a regression
-    [
-        (f, kind)
-        for f in FAMILIES
-        for kind in ("single", "pair", "regression", "qa")
-        if (f, kind) != ("t5", "regression")
-    ],
+    [("bert", kind) for kind in ("single", "pair", "regression", "qa")] + [("t5", k) for k in ("single", "pair", "qa")],
 )
 def test_every_kind_is_answered_at_every_k_and_timed(tmp_path: Path, family: Family, kind: str) -> None:
     settings = {"single": {}, "pair": PAIR, "regression": NUMBERS, "qa": QUESTIONS}[kind]
