@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +74,9 @@ def run(
         await asyncio.wait_for(story(batcher, model), 30)
         return batcher
 
-    return asyncio.run(told())
+    # in a thread of its own: a browser that an earlier test opened leaves its loop running in this one
+    with ThreadPoolExecutor(1) as alone:
+        return alone.submit(asyncio.run, told()).result()
 
 
 def feature(number: int) -> Any:
