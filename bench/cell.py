@@ -75,7 +75,7 @@ class Cell:
             "data": f"{task.name}@{data_revision(task, where.data_root)}@{hash_of(task.identity())[:16]}",
             "model": f"{spec.name}@{model_revision(config.backbone)}",
         }
-        identity = config.identity(revisions["data"], revisions["model"], where.data_root)
+        identity = config.identity(revisions["data"], revisions["model"], where.data_root, spec.family)
         return cls(config, task, spec, revisions, identity)
 
     @property

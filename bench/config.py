@@ -186,7 +186,9 @@ class RunConfig(BaseModel):
             **{f: getattr(self, f) for f in sorted(fields)},
         }
 
-    def identity(self, data_revision: str, model_revision: str, data_root: Path | None = None) -> dict[str, Any]:
+    def identity(
+        self, data_revision: str, model_revision: str, data_root: Path | None = None, family: str = "bert"
+    ) -> dict[str, Any]:
         """Return everything that can change the number, and nothing else.
 
         Parameters
@@ -195,6 +197,8 @@ class RunConfig(BaseModel):
             What the task's data and the backbone's weights are, independent of where they lie.
         data_root
             Where a method's further inputs lie, such as a pre-training corpus.
+        family
+            Of the backbone.
         """
         chosen = self.build_method()
         unused = _BUDGET - chosen.reads()
@@ -207,7 +211,7 @@ class RunConfig(BaseModel):
             "schema": SCHEMA_VERSION,
             "data": data_revision,
             "model": model_revision,
-            "method": f"{self.method}@{chosen.version}",
+            "method": f"{self.method}@{chosen.version_on(family)}",
             **core,
             **{f"option.{k}": v for k, v in sorted(chosen.identity(data_root).items())},
         }

@@ -23,6 +23,9 @@ class FFNSite(ABC):
     inner: nn.Module
     """The frozen FFN, (batch, n, d) -> (batch, n, d)."""
 
+    norm: nn.Module | None = None
+    """Makes u of the residual stream that FFN(u) is added to; ``None`` where the stream itself is normalised."""
+
     @abstractmethod
     def install(self, module: nn.Module) -> None:
         """Let ``module``, called like ``inner``, stand in for the FFN."""
@@ -35,7 +38,7 @@ class FFNSite(ABC):
 class _T5Site(FFNSite):
     def __init__(self, layer: Any) -> None:
         self.sublayer = layer.layer[-1]
-        self.inner = self.sublayer.DenseReluDense
+        self.inner, self.norm = self.sublayer.DenseReluDense, self.sublayer.layer_norm
 
     def install(self, module: nn.Module) -> None:
         self.sublayer.DenseReluDense = module
@@ -86,6 +89,7 @@ class _BertSite(FFNSite):
 class _WrittenSite(FFNSite):
     def __init__(self, layer: Any) -> None:
         self.layer, self.inner = layer, layer.ffn
+        self.norm = layer.ffn_norm if layer.pre_norm else None
 
     def install(self, module: nn.Module) -> None:
         self.layer.ffn = module

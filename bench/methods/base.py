@@ -157,6 +157,13 @@ class Method(ABC):
         """Return the trainings that ``compress`` will do."""
         return []
 
+    def version_on(self, family: str) -> int:
+        """Return the version of what is computed on a family.
+
+        A change that touches one family, or some options, raises it there alone, and all other runs keep their names.
+        """
+        return self.version
+
     def identity(self, data_root: Path | None) -> dict[str, Any]:
         """Return what of the method's settings and further inputs can change the number."""
         return dataclasses.asdict(self)

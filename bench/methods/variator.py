@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -24,6 +24,8 @@ from bench.tasks.spec import TaskSpec
 from bench.training.mix import HIDDEN_PARTS, parse_mix
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bench.artifacts import Artifact
     from bench.backbones.model import TaskModel
     from bench.context import RunContext, Teacher
@@ -59,7 +61,8 @@ class Variator(Method):
     mask_padding
         Whether padding is left out of scores, softmax and mean.
     init
-        ``fit`` starts from the closed-form fit of ``bench.plugins.fit``; ``released`` from random weights.
+        ``fit`` starts from the closed-form fit of ``bench.plugins.fit``, and trains in the units of
+        ``bench.plugins.units`` where the backbone is a T5; ``released`` starts from random weights.
     pretrain_steps
         Steps of task-agnostic pre-training on text; 0 leaves it out.
     pretrain_corpus
@@ -181,6 +184,11 @@ class Variator(Method):
         fitted = self.decompression == "adapter" and self.init == "fit" and not self.pretrain_steps
         return frozenset({"ratio", "batch_size"} if fitted else {"ratio"})
 
+    def version_on(self, family: str) -> int:
+        """Return 2 on T5 where something starts from the fit, which has weighed errors by the stream since."""
+        fitted = self.init == "fit" and (self.decompression == "adapter" or self.compression == "attention")
+        return 2 if fitted and family == "t5" else self.version
+
     def identity(self, data_root: Path | None) -> dict[str, Any]:
         """Leave out the settings of what is left out; name the corpus by its content."""
         fields = dataclasses.asdict(self)
@@ -250,7 +258,7 @@ class Variator(Method):
             name: value for name, value in self.identity(ctx.data_root).items() if name not in _ADAPTATION | {"adapt"}
         }
         identity = {
-            "method": f"{self.name}@{self.version}",
+            "method": f"{self.name}@{self.version_on(ctx.spec.family)}",
             "model": ctx.revisions["model"],
             "k": ctx.config.ratio,
             "seed": ctx.config.seed,
@@ -308,7 +316,6 @@ class Variator(Method):
 
         from bench.plugins.fit import fit_least_squares
         from bench.plugins.plugin import Plugin
-        from bench.training.stage import model_inputs
 
         torch.manual_seed(ctx.config.seed)
         shape = self.shape(int(ctx.config.ratio or 0))
@@ -323,11 +330,8 @@ class Variator(Method):
             backbone=ctx.spec.name,
         ).to(ctx.device)
         if self.learns and self.init == "fit":
-            needed = max(1, round(FIT_TOKENS / (batches.mean_length * batches.batch_size)))
             ctx.progress.stage("fit", ctx.spec.encoder_layers)
-            fit_least_squares(
-                plugin, model, (model_inputs(batches(step)) for step in range(needed)), ctx.progress.advance
-            )
+            fit_least_squares(plugin, model, _fit_inputs(batches), ctx.progress.advance)
         return plugin
 
     def _distill(
@@ -342,6 +346,7 @@ class Variator(Method):
         ctx: RunContext,
         checkpoint: Path,
     ) -> dict[str, Any]:
+        from bench.plugins.fit import measure_units
         from bench.training.distill import distill_plugin
         from bench.training.loop import Schedule
 
@@ -365,4 +370,13 @@ class Variator(Method):
             schedule=schedule,
             ctx=ctx,
             checkpoint=checkpoint,
+            units=measure_units(plugin, model, _fit_inputs(batches)) if self.init == "fit" else None,
         )
+
+
+def _fit_inputs(batches: FeatureBatches) -> Iterator[dict[str, Tensor]]:
+    """Return what the model is called with in the first batches of a training, some `FIT_TOKENS` tokens."""
+    from bench.training.stage import model_inputs
+
+    needed = max(1, round(FIT_TOKENS / (batches.mean_length * batches.batch_size)))
+    return (model_inputs(batches(step)) for step in range(needed))

@@ -3,12 +3,17 @@
 With mean pooling, the decompression adapter has to predict r_i = FFN(u_i) - FFN(c_g(i)) from y_g(i) = FFN(c_g(i)) and
 u_i. In tanh's linear range that is a reduced-rank regression, solved exactly from a few thousand tokens (Izenman,
 "Reduced-rank regression for the multivariate linear model", J. Multivariate Analysis 1975). Not in the paper.
+
+Where the residual stream has no scale of its own (T5; `bench.plugins.units`), errors are weighed by the stream that
+they are added to and taken in units of their channels, and a learned compression starts as the mean with these same
+weights: a vector whose FFN output would drown those of its group is left out of the merged one.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -19,10 +24,15 @@ from bench.backbones.model import share_weights
 from bench.plugins.bank import CompressedFFN, PluginBank
 from bench.plugins.layers import CompressionPair
 from bench.plugins.plugin import Plugin
+from bench.plugins.units import Stream, Units, spread, streams
 
 _RIDGE = 1e-3
 _LINEAR_RANGE = 0.3
 """Standard deviation of tanh's argument; small enough that tanh is nearly the identity."""
+
+
+_Place = tuple[CompressedFFN, CompressionPair, Stream | None]
+"""A compressed FFN, its pair, and the stream that it adds to where that has no scale of its own."""
 
 
 class _Reached(Exception):
@@ -36,7 +46,7 @@ def fit_least_squares(
     batches: Iterable[Mapping[str, Tensor]],
     on_layer: Callable[[], None] = lambda: None,
 ) -> None:
-    """Set ``plugin`` to mean pooling and the best linear adapter if it has one, bottom layer first.
+    """Set ``plugin`` to pooling by a mean and the best linear adapter if it has one, bottom layer first.
 
     Each layer is fitted on what the layers below it give when they are compressed.
 
@@ -52,23 +62,39 @@ def fit_least_squares(
         Called after each layer.
     """
     inputs = list(batches)
-    student = share_weights(model)
-    bank = PluginBank([plugin])
-    bank.attach(student)
-    bank.select(plugin.config.k)
-    student.eval()
     for pair in plugin.attention or ():
         cast(CompressionPair, pair).reset_to_mean()
-    for layer in [m for m in student.modules() if isinstance(m, CompressedFFN)]:
-        _fit_pair(layer, layer.pair(plugin.config.k), student, inputs)
-        on_layer()
+    with _compressed(plugin, model) as (student, places):
+        for layer, pair, stream in places:
+            _fit_pair(layer, pair, stream, student, inputs)
+            on_layer()
+
+
+@contextlib.contextmanager
+def _compressed(plugin: Plugin, model: nn.Module) -> Iterator[tuple[nn.Module, list[_Place]]]:
+    """Give ``model`` with the plugin, in evaluation mode, and its FFNs with their pairs and streams, bottom first."""
+    student = share_weights(model)
+    with streams(student) as watched:
+        bank = PluginBank([plugin])
+        bank.attach(student)
+        bank.select(plugin.config.k)
+        student.eval()
+        layers = [module for module in student.modules() if isinstance(module, CompressedFFN)]
+        pairs = [layer.pair(plugin.config.k) for layer in layers]
+        yield student, list(zip(layers, pairs, watched, strict=True))
 
 
 def _fit_pair(
-    layer: CompressedFFN, pair: CompressionPair, student: nn.Module, inputs: list[Mapping[str, Tensor]]
+    layer: CompressedFFN,
+    pair: CompressionPair,
+    stream: Stream | None,
+    student: nn.Module,
+    inputs: list[Mapping[str, Tensor]],
 ) -> None:
     # units beyond the rank keep random weights on their way in and have none on their way out: they can still learn
     pair.reset_to_mean()
+    if stream is not None and pair.compression == "attention":
+        _fit_scores(layer, pair, stream, student, inputs)
     if pair.decompression == "copy":
         return
     for parameter in pair.w2.parameters():
@@ -78,18 +104,101 @@ def _fit_pair(
     gram = torch.zeros(2 * d + 1, 2 * d + 1, dtype=torch.float64, device=device)
     cross = torch.zeros(2 * d + 1, d, dtype=torch.float64, device=device)
 
+    squares = torch.zeros(d, dtype=torch.float64, device=device)
+
     def gather(u: Tensor) -> None:
-        x, r = _regression(layer, pair, u)
+        x, r, weights = _regression(layer, pair, stream, u)
+        if weights is not None:
+            x, r = x * weights.sqrt(), r * weights.sqrt()
+            squares.add_(r.square().sum(0))
         gram.add_(x.T @ x)
         cross.add_(x.T @ r)
 
     visit_inputs(layer, student, inputs, gather)
-    w1, b1, w2, b2 = linear_bottleneck(gram, cross, rank)
+    if stream is None:
+        w1, b1, w2, b2 = linear_bottleneck(gram, cross, rank)
+    else:
+        # in units of the channels, in which the ridge and the choice of directions treat all alike, and back
+        x_unit = spread(gram.diagonal()[:-1], gram[-1, :-1], gram[-1, -1])
+        r_unit = spread(squares, cross[-1], gram[-1, -1])
+        scale = torch.cat((1 / x_unit, torch.ones_like(x_unit[:1])))
+        w1, b1, w2, b2 = linear_bottleneck(scale.unsqueeze(1) * gram * scale, scale.unsqueeze(1) * cross / r_unit, rank)
+        w1, w2, b2 = w1 / x_unit, w2 * r_unit.unsqueeze(1), b2 * r_unit
     pair.w1_y.weight[:rank] = w1[:, :d]
     pair.w1_u.weight[:rank] = w1[:, d:]
     pair.w1_u.bias[:rank] = b1
     pair.w2.weight[:, :rank] = w2
     pair.w2.bias.copy_(b2)
+
+
+def _fit_scores(
+    layer: CompressedFFN,
+    pair: CompressionPair,
+    stream: Stream,
+    student: nn.Module,
+    inputs: list[Mapping[str, Tensor]],
+) -> None:
+    """Let the softmax weigh each vector as its error counts, by the regression of the logarithm on the vector."""
+    seen: list[Tensor] = []
+    counts: list[Tensor] = []
+
+    def gather(u: Tensor) -> None:
+        mask = _mask(layer, u)
+        seen.append(u[mask].double())
+        counts.append(stream.weights(layer.inner(u))[mask].double())
+
+    visit_inputs(layer, student, inputs, gather)
+    u, logs = torch.cat(seen), torch.cat(counts).log().unsqueeze(1)
+    total = u.new_tensor(len(u))
+    unit = spread(u.square().sum(0), u.sum(0), total)
+    x = torch.cat((u / unit, torch.ones_like(logs)), dim=1)
+    weight = ridge(x.T @ x, x.T @ logs)[:-1, 0] / unit
+    # the same weights in every place of the group, each reading its own vector
+    pair.score.weight.copy_(torch.block_diag(*[weight.unsqueeze(0)] * pair.k))
+
+
+@torch.no_grad()
+def measure_units(plugin: Plugin, model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> list[Units] | None:
+    """Return the units of every layer of a plugin, as it is now; ``None`` where the stream has a scale of its own.
+
+    Parameters
+    ----------
+    plugin, model, batches
+        As for `fit_least_squares`; none is changed.
+    """
+    with _compressed(plugin, model) as (student, places):
+        if None in (stream for _, _, stream in places):
+            return None
+        moments = [_Moments(plugin.config.d_model) for _ in places]
+        notes = [functools.partial(_note, *both) for both in zip(moments, places, strict=True)]
+        for (layer, _, _), note in zip(places[:-1], notes, strict=False):
+            layer.register_forward_pre_hook(lambda _, args, note=note: note(*args))
+        visit_inputs(places[-1][0], student, batches, notes[-1])
+    return [noted.units() for noted in moments]
+
+
+def _note(noted: _Moments, place: _Place, u: Tensor) -> None:
+    x, r, weights = _regression(*place, u)
+    assert weights is not None
+    noted.add(x, r, weights)
+
+
+class _Moments:
+    """Weighted first and second moments of what goes into an adapter and of what it has to give."""
+
+    def __init__(self, d_model: int) -> None:
+        self.d_model, self.sums = d_model, torch.zeros(2, 3 * d_model + 1, dtype=torch.float64)
+
+    def add(self, x: Tensor, r: Tensor, weights: Tensor) -> None:
+        values = torch.cat((x, r), dim=1)
+        self.sums += torch.stack(((weights * values).sum(0), (weights * values.square()).sum(0))).cpu()
+
+    def units(self) -> Units:
+        d = self.d_model
+        sums, squares = self.sums
+        parts = {"y": slice(d), "u": slice(d, 2 * d), "z": slice(2 * d + 1, None)}
+        # in between is the constant 1, whose sum is that of the weights
+        return Units(**{name: spread(squares[at], sums[at], sums[2 * d]).float() for name, at in parts.items()})
 
 
 def visit_inputs(
@@ -139,13 +248,20 @@ def linear_bottleneck(gram: Tensor, cross: Tensor, rank: int) -> tuple[Tensor, T
     return down[:-1].T, down[-1] - (mean @ basis) * scale, basis / scale, mean
 
 
-def _regression(layer: CompressedFFN, pair: CompressionPair, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Return regressors (tokens, 2d+1) and residuals (tokens, d) of the real positions."""
-    n, k = u.shape[1], pair.k
+def _mask(layer: CompressedFFN, u: Tensor) -> Tensor:
     mask = layer.selection.mask
-    mask = u.new_ones(u.shape[:2], dtype=torch.bool) if mask is None else mask
+    return u.new_ones(u.shape[:2], dtype=torch.bool) if mask is None else mask
+
+
+def _regression(
+    layer: CompressedFFN, pair: CompressionPair, stream: Stream | None, u: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return regressors (tokens, 2d+1), residuals (tokens, d) and weights (tokens, 1) of the real positions."""
+    n, k, mask = u.shape[1], pair.k, _mask(layer, u)
     short = -n % k
-    u, mask = F.pad(u, (0, 0, 0, short)), F.pad(mask, (0, short))
-    y = layer.inner(pair.compress(u, mask)).repeat_interleave(k, dim=1)
+    u, whole = F.pad(u, (0, 0, 0, short)), F.pad(mask, (0, short))
+    y = layer.inner(pair.compress(u, whole)).repeat_interleave(k, dim=1)
     x = torch.cat((y, u, torch.ones_like(u[..., :1])), dim=-1)
-    return x[mask].double(), (layer.inner(u) - y)[mask].double()
+    dense = layer.inner(u)
+    weights = None if stream is None else stream.weights(dense[:, :n])[mask].double().unsqueeze(1)
+    return x[whole].double(), (dense - y)[whole].double(), weights

@@ -14,6 +14,7 @@ from bench.backbones.model import TaskModel, share_weights
 from bench.context import RunContext
 from bench.plugins.bank import PluginBank
 from bench.plugins.plugin import Plugin
+from bench.plugins.units import Units, trained_in
 from bench.tasks.spec import Kind
 from bench.training.loop import Schedule, Trained
 from bench.training.losses import distillation_losses
@@ -118,22 +119,27 @@ def distill_plugin(
     schedule: Schedule,
     ctx: RunContext,
     checkpoint: Path,
+    units: Sequence[Units] | None = None,
 ) -> dict[str, Any]:
-    """Train ``plugin`` in place so that ``model`` with it equals ``model`` without it; see `distill`."""
+    """Train ``plugin`` in place so that ``model`` with it equals ``model`` without it; see `distill`.
+
+    ``units`` are those of `bench.plugins.units.trained_in`.
+    """
     student = attach_for_good(model, plugin)
     plugin.requires_grad_(True)
-    stage = distill(
-        name,
-        student,
-        plugin.parameters(),
-        model,
-        batches,
-        mix=mix,
-        kind=kind,
-        temperature=temperature,
-        schedule=schedule,
-        ctx=ctx,
-        checkpoint=checkpoint,
-    )
+    with trained_in(plugin, units):
+        stage = distill(
+            name,
+            student,
+            plugin.parameters(),
+            model,
+            batches,
+            mix=mix,
+            kind=kind,
+            temperature=temperature,
+            schedule=schedule,
+            ctx=ctx,
+            checkpoint=checkpoint,
+        )
     plugin.requires_grad_(False)
     return stage

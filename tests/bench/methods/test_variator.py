@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -25,6 +26,8 @@ from bench.plugins.plugin import WEIGHTS_FILE, Plugin
 from bench.results import ResultStore
 from bench.runner import run
 from bench.tasks.data import load_task
+from bench.training import distill, stage
+from bench.training.loop import Checkpoint
 from bench.training.stage import FeatureBatches, model_inputs
 from bench.training.teacher import get_teacher
 from tests.checkpoints import FAMILIES, context, quick_config, task_file, tiny_checkpoint
@@ -161,7 +164,8 @@ def test_without_steps_it_is_the_start(world: World) -> None:
     ctx = world.context(steps=0)
     model, _ = compress(ctx)
     assert [stage.name for stage in ctx.stages] == ["teacher"]
-    assert not any(m.pair(2).score.weight.any() for m in model.modules() if isinstance(m, CompressedFFN))
+    scored = [bool(m.pair(2).score.weight.any()) for m in model.modules() if isinstance(m, CompressedFFN)]
+    assert scored == [ctx.spec.family == "t5"] * 2
     released = world.context(steps=0, init="released")
     model, _ = compress(released)
     stds = [m.pair(2).score.weight.std().item() for m in model.modules() if isinstance(m, CompressedFFN)]
@@ -342,11 +346,61 @@ def test_the_standard_plugin_keeps_the_name_that_it_had_before_its_variants() ->
 def test_committed_results_keep_their_names(path: Path) -> None:
     stored = json.loads(path.read_text("utf-8"))
     identity, fields = stored["identity"], stored["config"]
-    if identity["method"] != f"variator@{Variator.version}":
-        pytest.skip("made by another method or version")
     values = {name: value for name, value in fields.items() if name in RunConfig.model_fields and name != "options"}
     config = RunConfig.build(values | fields["options"])
-    assert run_id(config.identity(identity["data"], identity["model"])) == stored["run_id"] == path.stem
+    again = config.identity(identity["data"], identity["model"], family=fields["family"])
+    if identity["method"] != again["method"] or fields["method"] != "variator":
+        pytest.skip("made by another method or version")
+    assert run_id(again) == stored["run_id"] == path.stem
+
+
+@pytest.mark.parametrize(
+    ("options", "version"),
+    [
+        ({}, 2),
+        ({"compression": "mean"}, 2),
+        ({"decompression": "copy"}, 2),
+        ({"init": "released"}, 1),
+        ({"recipe": "released"}, 1),
+        ({"decompression": "copy", "compression": "conv"}, 1),  # starts as it did
+        (PARAMETER_FREE, 1),
+    ],
+    ids=str,
+)
+def test_a_start_that_changed_on_t5_renames_its_runs_alone(options: dict[str, Any], version: int) -> None:
+    config = RunConfig.build({"method": "variator", "ratio": 4, **options})
+    methods = [config.identity("data", "model", family=family)["method"] for family in ("bert", "t5")]
+    assert methods == ["variator@1", f"variator@{version}"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_training_that_is_cut_off_goes_on_to_the_same_bits(
+    family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fit and units are made again, and what was trained is in units."""
+    world = World(tmp_path, family)
+    values = {"steps": 30, **world.pretraining(pretrain_steps=20)}
+    whole, _ = compress(world.context("uninterrupted", **values))
+    run_stage = distill.run_stage
+
+    def cut(name: str, losses: Any, *args: Any, **kwargs: Any) -> Any:
+        def until(step: int, batch: Any) -> Any:
+            if step == 14 and name not in seen:
+                seen.add(name)
+                raise KeyboardInterrupt
+            return losses(step, batch)
+
+        return run_stage(name, until, *args, **kwargs)
+
+    seen: set[str] = set()
+    monkeypatch.setattr(stage, "Checkpoint", functools.partial(Checkpoint, every_seconds=-1))
+    monkeypatch.setattr(distill, "run_stage", cut)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            compress(world.context("cut", **values))
+    resumed, _ = compress(world.context("cut", **values))
+    assert seen == {"pretrain", "adapt"}
+    assert all(torch.equal(a, b) for a, b in zip(plugin_of(resumed), plugin_of(whole), strict=True))
 
 
 @pytest.mark.parametrize("k", [2, 4, 8])

@@ -1,0 +1,139 @@
+"""The scales that a plugin is fitted and trained in where the backbone's residual stream has no scale of its own.
+
+BERT normalises its stream after every sublayer, so that all that a plugin sees is of one size. T5 normalises what a
+sublayer reads and not what it leaves: its stream grows, and a few channels of a few tokens are thousands of times the
+rest ("massive activations", Sun et al., COLM 2024). There an error counts by the stream that it is added to, which the
+next norm divides by, and a step of one size for all weights is too large for some and nothing for others.
+None of this is in the Variator paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from bench.backbones.sites import EncoderView
+from bench.plugins.layers import CompressionPair
+from bench.plugins.plugin import Plugin
+
+_LEAST = 1e-3
+"""Smallest unit, as a share of the median one: a channel that hardly varies is not blown up."""
+
+
+class Stream:
+    """The residual stream that one FFN adds to, of the batch that is running.
+
+    Parameters
+    ----------
+    norm
+        The norm that makes the FFN's input of it.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        self._handle = norm.register_forward_pre_hook(lambda _, args: setattr(self, "_now", args[0]))
+        self._now: Tensor
+
+    def weights(self, added: Tensor) -> Tensor:
+        """Return what an error at each position counts, (batch, n), where the FFN adds ``added``, (batch, n, d).
+
+        It is one over the mean square of the sum, by which the next norm divides the square of an error.
+        """
+        return 1 / (self._now + added).float().square().mean(-1).clamp_min(1e-12)
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._handle.remove()
+
+
+@contextmanager
+def streams(model: nn.Module) -> Iterator[list[Stream | None]]:
+    """Watch the stream of every encoder layer, bottom first; ``None`` where it is normalised itself."""
+    watched = [Stream(site.norm) if site.norm is not None else None for site in EncoderView(model).sites()]
+    try:
+        yield watched
+    finally:
+        for stream in watched:
+            if stream is not None:
+                stream.close()
+
+
+@dataclass(frozen=True)
+class Units:
+    """Standard deviation of each channel around one FFN, errors weighed as `Stream.weights` says.
+
+    Attributes
+    ----------
+    u
+        Of the FFN's input, (d,).
+    y
+        Of its output on merged vectors, (d,).
+    z
+        Of what the decompression adapter has to add to that, (d,).
+    """
+
+    u: Tensor
+    y: Tensor
+    z: Tensor
+
+
+def spread(squares: Tensor, sums: Tensor, total: Tensor) -> Tensor:
+    """Return the standard deviation of each channel from its weighted sums, none far below the median."""
+    std = (squares / total - (sums / total).square()).clamp_min(0).sqrt()
+    return std.clamp_min((_LEAST * std.median()).clamp_min(1e-12))
+
+
+class _Scaled(nn.Module):
+    """A weight as the product of what is trained and a constant."""
+
+    def __init__(self, unit: Tensor) -> None:
+        super().__init__()
+        self.unit: Tensor
+        self.register_buffer("unit", unit, persistent=False)
+
+    def forward(self, trained: Tensor) -> Tensor:
+        return trained * self.unit
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight / self.unit
+
+
+@contextmanager
+def trained_in(plugin: Plugin, units: Sequence[Units] | None) -> Iterator[None]:
+    """Let ``plugin.parameters()`` be in units of their channels for the length of a ``with`` block.
+
+    What the plugin computes stays the same, and so does what it stores afterwards. An optimiser whose step has one size
+    for all entries then moves each by the same share of what it works on. The scales of attention before keys and
+    values, which start at the mean, are left as they are.
+
+    Parameters
+    ----------
+    plugin
+        Its weights are weights again afterwards.
+    units
+        A layer each; ``None`` changes nothing.
+    """
+    dressed: list[tuple[nn.Module, str]] = []
+
+    def dress(module: nn.Module, name: str, unit: Tensor) -> None:
+        parametrize.register_parametrization(module, name, _Scaled(unit.to(getattr(module, name))))
+        dressed.append((module, name))
+
+    try:
+        for child, unit in zip(plugin.pairs, units, strict=True) if units else ():
+            pair = cast(CompressionPair, child)
+            if pair.compression == "attention":
+                dress(pair.score, "weight", (1 / unit.u).repeat(pair.k))
+            if pair.decompression == "adapter":
+                dress(pair.w1_y, "weight", 1 / unit.y)
+                dress(pair.w1_u, "weight", 1 / unit.u)
+                dress(pair.w2, "weight", unit.z.unsqueeze(1))
+                dress(pair.w2, "bias", unit.z)
+        yield
+    finally:
+        for module, name in dressed:
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)

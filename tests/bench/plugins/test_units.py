@@ -1,0 +1,86 @@
+"""Training in units: the same function, the same weights afterwards, and steps of one size in units of the channels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.backbones.sites import digest
+from bench.plugins.plugin import Plugin
+from bench.plugins.units import Units, spread, trained_in
+from tests.checkpoints import encode_hidden, random_plugin, tiny_model, tokens
+
+D, K = 32, 2
+
+
+def some_units(layers: int) -> list[Units]:
+    generator = torch.Generator().manual_seed(3)
+    return [Units(*(10 ** (4 * torch.rand(D, generator=generator) - 2) for _ in range(3))) for _ in range(layers)]
+
+
+def weights(plugin: Plugin) -> dict[str, Tensor]:
+    return {name: weight.detach().clone() for name, weight in plugin.state_dict().items()}
+
+
+@pytest.mark.parametrize("twin", [{}, {"compression": "conv"}, {"decompression": "copy"}, {"attention_k": 2}], ids=str)
+def test_what_is_computed_and_stored_stays_the_same(twin: dict[str, Any]) -> None:
+    model = tiny_model("t5")
+    plugin = random_plugin(model, K, **twin)
+    before, batch = weights(plugin), {"input_ids": tokens(3, 9)}
+    with torch.no_grad(), plugin.attached(model):
+        expected = encode_hidden(model, **batch)
+        with trained_in(plugin, some_units(2)):
+            torch.testing.assert_close(encode_hidden(model, **batch), expected, rtol=1e-4, atol=1e-4)
+    after = weights(plugin)
+    assert after.keys() == before.keys()
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, rtol=1e-6, atol=0)
+
+
+def test_a_step_of_adam_is_one_unit_of_each_channel() -> None:
+    """Whose first step is the learning rate for every entry, whatever its gradient."""
+    model, lr, units = tiny_model("t5"), 1e-3, some_units(2)
+    plugin = random_plugin(model, K)
+    before = weights(plugin)
+    with trained_in(plugin, units), plugin.attached(model):
+        optimizer = torch.optim.Adam(plugin.parameters(), lr=lr, eps=0)
+        encode_hidden(model, input_ids=tokens(4, 12)).square().sum().backward()
+        optimizer.step()
+    moved = {name: (weight - before[name]).abs() for name, weight in weights(plugin).items()}
+    for index, unit in enumerate(units):
+        steps = {
+            "score.weight": (1 / unit.u).repeat(K).expand(K, -1),
+            "w1_y.weight": (1 / unit.y).expand(8, -1),
+            "w1_u.weight": (1 / unit.u).expand(8, -1),
+            "w1_u.bias": torch.ones(8),
+            "w2.weight": unit.z.unsqueeze(1).expand(-1, 8),
+            "w2.bias": unit.z,
+        }
+        for name, step in steps.items():
+            torch.testing.assert_close(moved[f"pairs.{index}.{name}"], lr * step, rtol=1e-2, atol=1e-6)
+
+
+def test_weights_are_weights_again_whatever_happens() -> None:
+    plugin = random_plugin(tiny_model("t5"), K)
+    names = set(dict(plugin.named_parameters()))
+    with pytest.raises(RuntimeError, match="lost"), trained_in(plugin, some_units(2)):
+        raise RuntimeError("lost")
+    assert set(dict(plugin.named_parameters())) == names
+
+
+def test_without_units_nothing_changes() -> None:
+    plugin = random_plugin(tiny_model("bert"), K)
+    before = digest(plugin)
+    with trained_in(plugin, None):
+        assert digest(plugin) == before
+
+
+def test_a_channel_that_hardly_varies_is_not_blown_up() -> None:
+    values = torch.randn(200, 5, dtype=torch.float64) * torch.tensor([1.0, 2.0, 1e-9, 0.0, 3.0])
+    found = spread(values.square().sum(0), values.sum(0), torch.tensor(200.0))
+    expected = values.std(0, correction=0)
+    torch.testing.assert_close(found[[0, 1, 4]], expected[[0, 1, 4]])
+    torch.testing.assert_close(found[2:4], (1e-3 * expected.median()).expand(2))
