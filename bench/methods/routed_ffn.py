@@ -13,10 +13,14 @@ from torch import Tensor, nn
 
 from bench.backbones.encoder import AroundFFN, Seen, Tokens
 from bench.methods.token_routing import PARTS
-from bench.plugins.fit import linear_bottleneck, ridge, visit_inputs
+from bench.plugins.fit import linear_bottleneck, ridge, scaled_bottleneck, visit_inputs
+from bench.plugins.units import Scale, Stream, streams, weighted_spread
 
 _SOFTNESS = 0.1
 """Weight of the entropy in `soft_top_k`, in units of the scores."""
+
+_Seen = tuple[Tensor, Tensor, Tensor | None]
+"""An FFN's input, (B, n, d), where its real tokens are, (B, n), and what an error counts there, if not all alike."""
 
 
 def soft_top_k(scores: Tensor, mask: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,12 +101,13 @@ class RoutedFFN(AroundFFN):
 @torch.no_grad()
 def fit_routing(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], on_layer: Callable[[], None] = lambda: None
-) -> None:
+) -> list[Scale]:
     """Start routers and adapters of ``model`` by least squares, bottom layer first. Not in the paper.
 
     It is the counterpart of `bench.plugins.fit`: each layer is fitted on what the routed layers below it give. The
     router starts at the regression of what the best linear adapter misses; the adapter then at the regression of what
-    is missing once the chosen tokens have had their FFN.
+    is missing once the chosen tokens have had their FFN. Where the stream has no scale of its own, errors count as they
+    do for plugins (`bench.plugins.units`).
 
     Parameters
     ----------
@@ -112,38 +117,74 @@ def fit_routing(
         Inputs as the model is called with; some 10,000 tokens are enough.
     on_layer
         Called after each layer.
+
+    Returns
+    -------
+    list
+        The units to train the routers and adapters in; none where the stream has a scale of its own.
     """
-    inputs = list(batches)
-    for layer in [module for module in model.modules() if isinstance(module, RoutedFFN)]:
-        seen: list[tuple[Tensor, Tensor]] = []
-        visit_inputs(layer, model, inputs, lambda u, tokens, _, seen=seen: seen.append((u, tokens.mask)))
-        _fit_layer(layer, seen)
-        on_layer()
+    inputs, scales = list(batches), []
+    layers = [module for module in model.modules() if isinstance(module, RoutedFFN)]
+    with streams(model) as watched:
+        for layer, stream in zip(layers, watched, strict=True):
+            seen: list[_Seen] = []
+
+            def note(
+                u: Tensor, tokens: Tokens, _: Seen | None, layer: RoutedFFN = layer, stream: Stream | None = stream,
+                seen: list[_Seen] = seen,
+            ) -> None:  # fmt: skip
+                seen.append((u, tokens.mask, None if stream is None else stream.weights(layer.inner(u))))
+
+            visit_inputs(layer, model, inputs, note)
+            scales += _fit_layer(layer, seen)
+            on_layer()
+    return scales
 
 
-def _fit_layer(layer: RoutedFFN, seen: list[tuple[Tensor, Tensor]]) -> None:
-    u = torch.cat([u[mask] for u, mask in seen])
+def _fit_layer(layer: RoutedFFN, seen: list[_Seen]) -> list[Scale]:
+    u = torch.cat([u[mask] for u, mask, _ in seen])
+    counts = [weights[mask] for _, mask, weights in seen if weights is not None]
+    weights = torch.cat(counts).double().unsqueeze(1) if counts else None
     y = layer.inner(u.unsqueeze(0)).squeeze(0)
     x = torch.cat((u, torch.ones_like(u[:, :1])), dim=1).double()
-    gram = x.T @ x
-    _set_adapter(layer, gram, x.T @ y.double())
-    missed = (y - layer.adapt(u)).double().norm(dim=1, keepdim=True).clamp_min(1e-12).log()
-    weights = ridge(gram, x.T @ missed)
-    spread = (x @ weights).std().clamp_min(1e-12)
-    layer.router.weight.copy_(weights[:-1].T / spread)
-    layer.router.bias.copy_((weights[-1] - missed.mean()) / spread)
+    _set_adapter(layer, x, y.double(), weights)
+    missed = (y - layer.adapt(u)).double().norm(dim=1, keepdim=True)
+    unit = None
+    if weights is not None:
+        missed, unit = missed * weights.sqrt(), weighted_spread(u.double(), weights)
+        x = torch.cat((x[:, :-1] / unit, x[:, -1:]), dim=1)
+    missed = missed.clamp_min(1e-12).log()
+    solution = ridge(x.T @ x, x.T @ missed)
+    spread = (x @ solution).std().clamp_min(1e-12)
+    slope = solution[:-1].T / spread
+    layer.router.weight.copy_(slope if unit is None else slope / unit)
+    layer.router.bias.copy_((solution[-1] - missed.mean()) / spread)
     given = torch.cat([torch.where(chosen, w, 0.0)[mask] for (w, chosen), mask in _routes(layer, seen)])
-    _set_adapter(layer, gram, x.T @ (y * (1 - given).unsqueeze(1)).double())
+    target = (y * (1 - given).unsqueeze(1)).double()
+    _set_adapter(layer, torch.cat((u, torch.ones_like(u[:, :1])), dim=1).double(), target, weights)
+    if unit is None or weights is None:
+        return []
+    left = weighted_spread(target, weights)
+    return [
+        (layer.router, "weight", 1 / unit),
+        (layer.down, "weight", 1 / unit),
+        (layer.up, "weight", left.unsqueeze(1)),
+        (layer.up, "bias", left),
+    ]
 
 
-def _routes(layer: RoutedFFN, seen: list[tuple[Tensor, Tensor]]) -> Iterable[tuple[tuple[Tensor, Tensor], Tensor]]:
-    return ((layer.route(u, mask), mask) for u, mask in seen)
+def _routes(layer: RoutedFFN, seen: list[_Seen]) -> Iterable[tuple[tuple[Tensor, Tensor], Tensor]]:
+    return ((layer.route(u, mask), mask) for u, mask, _ in seen)
 
 
-def _set_adapter(layer: RoutedFFN, gram: Tensor, cross: Tensor) -> None:
+def _set_adapter(layer: RoutedFFN, x: Tensor, target: Tensor, weights: Tensor | None) -> None:
     # units beyond the rank keep random weights on their way in and have none on their way out: they can still learn
     rank = min(layer.up.in_features, layer.up.out_features)
-    w1, b1, w2, b2 = linear_bottleneck(gram, cross, rank)
+    if weights is None:
+        w1, b1, w2, b2 = linear_bottleneck(x.T @ x, x.T @ target, rank)
+    else:
+        x, target = x * weights.sqrt(), target * weights.sqrt()
+        w1, b1, w2, b2 = scaled_bottleneck(x.T @ x, x.T @ target, target.square().sum(0), rank)
     nn.init.zeros_(layer.up.weight)
     layer.down.weight[:rank], layer.down.bias[:rank] = w1, b1
     layer.up.weight[:, :rank] = w2

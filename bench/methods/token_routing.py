@@ -73,6 +73,10 @@ class TokenRouting(TrainedMethod):
     losses: str = "all_hidden=1,logits=0.1"
     temperature: Positive = 1.0
 
+    def version_on(self, family: str) -> int:
+        """Return 2 on T5, where start and training have followed the scale of the stream since, as Variator's do."""
+        return 2 if family == "t5" else self.version
+
     def in_parts(self) -> bool:
         """Return that the backbone is only run."""
         return True
@@ -115,6 +119,7 @@ class TokenRouting(TrainedMethod):
         from bench.backbones.write_out import write_out
         from bench.measure.size import count_parameters
         from bench.methods.routed_ffn import RoutedFFN, fit_routing
+        from bench.plugins.units import in_units
         from bench.training.stage import model_inputs
         from bench.training.student import changed, get_student
 
@@ -131,10 +136,12 @@ class TokenRouting(TrainedMethod):
             student, batches, stages = build({}), self.batches(ctx), []
             needed = max(1, round(FIT_TOKENS / (batches.mean_length * batches.batch_size)))
             ctx.progress.stage("fit", ctx.spec.encoder_layers)
-            fit_routing(student, (model_inputs(batches(step)) for step in range(needed)), ctx.progress.advance)
+            inputs = (model_inputs(batches(step)) for step in range(needed))
+            scales = fit_routing(student, inputs, ctx.progress.advance)
             if ctx.config.steps:
-                own = list(changed(student, teacher.model).values())
-                stages.append(self.distill(self.name, student, own, teacher.model, batches, ctx, checkpoint))
+                with in_units(scales):
+                    own = list(changed(student, teacher.model).values())
+                    stages.append(self.distill(self.name, student, own, teacher.model, batches, ctx, checkpoint))
             return student, {"stages": stages}
 
         student = get_student(teacher, ctx, build, make)

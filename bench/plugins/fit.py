@@ -24,7 +24,7 @@ from bench.backbones.model import share_weights
 from bench.plugins.bank import CompressedFFN, PluginBank
 from bench.plugins.layers import CompressionPair
 from bench.plugins.plugin import Plugin
-from bench.plugins.units import Stream, Units, spread, streams
+from bench.plugins.units import Stream, Units, spread, streams, weighted_spread
 
 _RIDGE = 1e-3
 _LINEAR_RANGE = 0.3
@@ -118,12 +118,7 @@ def _fit_pair(
     if stream is None:
         w1, b1, w2, b2 = linear_bottleneck(gram, cross, rank)
     else:
-        # in units of the channels, in which the ridge and the choice of directions treat all alike, and back
-        x_unit = spread(gram.diagonal()[:-1], gram[-1, :-1], gram[-1, -1])
-        r_unit = spread(squares, cross[-1], gram[-1, -1])
-        scale = torch.cat((1 / x_unit, torch.ones_like(x_unit[:1])))
-        w1, b1, w2, b2 = linear_bottleneck(scale.unsqueeze(1) * gram * scale, scale.unsqueeze(1) * cross / r_unit, rank)
-        w1, w2, b2 = w1 / x_unit, w2 * r_unit.unsqueeze(1), b2 * r_unit
+        w1, b1, w2, b2 = scaled_bottleneck(gram, cross, squares, rank)
     pair.w1_y.weight[:rank] = w1[:, :d]
     pair.w1_u.weight[:rank] = w1[:, d:]
     pair.w1_u.bias[:rank] = b1
@@ -149,8 +144,7 @@ def _fit_scores(
 
     visit_inputs(layer, student, inputs, gather)
     u, logs = torch.cat(seen), torch.cat(counts).log().unsqueeze(1)
-    total = u.new_tensor(len(u))
-    unit = spread(u.square().sum(0), u.sum(0), total)
+    unit = weighted_spread(u, torch.ones_like(logs))
     x = torch.cat((u / unit, torch.ones_like(logs)), dim=1)
     weight = ridge(x.T @ x, x.T @ logs)[:-1, 0] / unit
     # the same weights in every place of the group, each reading its own vector
@@ -251,6 +245,23 @@ def linear_bottleneck(gram: Tensor, cross: Tensor, rank: int) -> tuple[Tensor, T
 def _mask(layer: CompressedFFN, u: Tensor) -> Tensor:
     mask = layer.selection.mask
     return u.new_ones(u.shape[:2], dtype=torch.bool) if mask is None else mask
+
+
+def scaled_bottleneck(gram: Tensor, cross: Tensor, squares: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `linear_bottleneck` finds in units of the channels, in which all count alike, brought back from them.
+
+    Parameters
+    ----------
+    gram, cross, rank
+        As there; samples may have weights.
+    squares
+        y * y, (q,), summed over samples like the others.
+    """
+    total = gram[-1, -1]
+    x_unit, y_unit = spread(gram.diagonal()[:-1], gram[-1, :-1], total), spread(squares, cross[-1], total)
+    scale = torch.cat((1 / x_unit, torch.ones_like(x_unit[:1]))).unsqueeze(1)
+    w1, b1, w2, b2 = linear_bottleneck(scale * gram * scale.T, scale * cross / y_unit, rank)
+    return w1 / x_unit, b1, w2 * y_unit.unsqueeze(1), b2 * y_unit
 
 
 def _regression(

@@ -1,4 +1,4 @@
-"""The scales that a plugin is fitted and trained in where the backbone's residual stream has no scale of its own.
+"""The scales that adapters are fitted and trained in where the backbone's residual stream has no scale of its own.
 
 BERT normalises its stream after every sublayer, so that all that a plugin sees is of one size. T5 normalises what a
 sublayer reads and not what it leaves: its stream grows, and a few channels of a few tokens are thousands of times the
@@ -9,7 +9,7 @@ None of this is in the Variator paper.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -81,6 +81,11 @@ class Units:
     z: Tensor
 
 
+def weighted_spread(values: Tensor, weights: Tensor) -> Tensor:
+    """Return the `spread` of values (samples, d) with weights (samples, 1)."""
+    return spread((weights * values.square()).sum(0), (weights * values).sum(0), weights.sum())
+
+
 def spread(squares: Tensor, sums: Tensor, total: Tensor) -> Tensor:
     """Return the standard deviation of each channel from its weighted sums, none far below the median."""
     std = (squares / total - (sums / total).square()).clamp_min(0).sqrt()
@@ -102,37 +107,43 @@ class _Scaled(nn.Module):
         return weight / self.unit
 
 
+Scale = tuple[nn.Module, str, Tensor]
+"""A module, the name of one of its parameters, and the units of its entries, which broadcast to them."""
+
+
+def plugin_scales(plugin: Plugin, units: Sequence[Units]) -> list[Scale]:
+    """Return the units of a plugin's parameters, given those of its channels, a layer each.
+
+    The scores before keys and values, which start as the mean, are left as they are.
+    """
+    scales: list[Scale] = []
+    for child, unit in zip(plugin.pairs, units, strict=True):
+        pair = cast(CompressionPair, child)
+        if pair.compression == "attention":
+            scales.append((pair.score, "weight", (1 / unit.u).repeat(pair.k)))
+        if pair.decompression == "adapter":
+            scales += [
+                (pair.w1_y, "weight", 1 / unit.y),
+                (pair.w1_u, "weight", 1 / unit.u),
+                (pair.w2, "weight", unit.z.unsqueeze(1)),
+                (pair.w2, "bias", unit.z),
+            ]
+    return scales
+
+
 @contextmanager
-def trained_in(plugin: Plugin, units: Sequence[Units] | None) -> Iterator[None]:
-    """Let ``plugin.parameters()`` be in units of their channels for the length of a ``with`` block.
+def in_units(scales: Iterable[Scale]) -> Iterator[None]:
+    """Let parameters be in their units for the length of a ``with`` block.
 
-    What the plugin computes stays the same, and so does what it stores afterwards. An optimiser whose step has one size
-    for all entries then moves each by the same share of what it works on. The scales of attention before keys and
-    values, which start at the mean, are left as they are.
-
-    Parameters
-    ----------
-    plugin
-        Its weights are weights again afterwards.
-    units
-        A layer each; ``None`` changes nothing.
+    What is computed stays the same, and so does what is stored afterwards. An optimiser whose step has one size for all
+    entries then moves each by the same share of what it works on. Within the block a module's parameters have other
+    names.
     """
     dressed: list[tuple[nn.Module, str]] = []
-
-    def dress(module: nn.Module, name: str, unit: Tensor) -> None:
-        parametrize.register_parametrization(module, name, _Scaled(unit.to(getattr(module, name))))
-        dressed.append((module, name))
-
     try:
-        for child, unit in zip(plugin.pairs, units, strict=True) if units else ():
-            pair = cast(CompressionPair, child)
-            if pair.compression == "attention":
-                dress(pair.score, "weight", (1 / unit.u).repeat(pair.k))
-            if pair.decompression == "adapter":
-                dress(pair.w1_y, "weight", 1 / unit.y)
-                dress(pair.w1_u, "weight", 1 / unit.u)
-                dress(pair.w2, "weight", unit.z.unsqueeze(1))
-                dress(pair.w2, "bias", unit.z)
+        for module, name, unit in scales:
+            parametrize.register_parametrization(module, name, _Scaled(unit.to(getattr(module, name))))
+            dressed.append((module, name))
         yield
     finally:
         for module, name in dressed:

@@ -14,7 +14,7 @@ from bench.backbones.model import TaskModel, share_weights
 from bench.context import RunContext
 from bench.plugins.bank import PluginBank
 from bench.plugins.plugin import Plugin
-from bench.plugins.units import Units, trained_in
+from bench.plugins.units import Units, in_units, plugin_scales
 from bench.tasks.spec import Kind
 from bench.training.loop import Schedule, Trained
 from bench.training.losses import distillation_losses
@@ -123,11 +123,11 @@ def distill_plugin(
 ) -> dict[str, Any]:
     """Train ``plugin`` in place so that ``model`` with it equals ``model`` without it; see `distill`.
 
-    ``units`` are those of `bench.plugins.units.trained_in`.
+    ``units`` are those that it is trained in, of `bench.plugins.fit.measure_units`.
     """
     student = attach_for_good(model, plugin)
     plugin.requires_grad_(True)
-    with trained_in(plugin, units):
+    with in_units(plugin_scales(plugin, units) if units else ()):
         stage = distill(
             name,
             student,

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.backbones.sites import digest
 from bench.plugins.plugin import Plugin
-from bench.plugins.units import Units, spread, trained_in
+from bench.plugins.units import Units, in_units, plugin_scales, spread, weighted_spread
 from tests.checkpoints import encode_hidden, random_plugin, tiny_model, tokens
 
 D, K = 32, 2
@@ -32,7 +31,7 @@ def test_what_is_computed_and_stored_stays_the_same(twin: dict[str, Any]) -> Non
     before, batch = weights(plugin), {"input_ids": tokens(3, 9)}
     with torch.no_grad(), plugin.attached(model):
         expected = encode_hidden(model, **batch)
-        with trained_in(plugin, some_units(2)):
+        with in_units(plugin_scales(plugin, some_units(2))):
             torch.testing.assert_close(encode_hidden(model, **batch), expected, rtol=1e-4, atol=1e-4)
     after = weights(plugin)
     assert after.keys() == before.keys()
@@ -45,7 +44,7 @@ def test_a_step_of_adam_is_one_unit_of_each_channel() -> None:
     model, lr, units = tiny_model("t5"), 1e-3, some_units(2)
     plugin = random_plugin(model, K)
     before = weights(plugin)
-    with trained_in(plugin, units), plugin.attached(model):
+    with in_units(plugin_scales(plugin, units)), plugin.attached(model):
         optimizer = torch.optim.Adam(plugin.parameters(), lr=lr, eps=0)
         encode_hidden(model, input_ids=tokens(4, 12)).square().sum().backward()
         optimizer.step()
@@ -66,21 +65,21 @@ def test_a_step_of_adam_is_one_unit_of_each_channel() -> None:
 def test_weights_are_weights_again_whatever_happens() -> None:
     plugin = random_plugin(tiny_model("t5"), K)
     names = set(dict(plugin.named_parameters()))
-    with pytest.raises(RuntimeError, match="lost"), trained_in(plugin, some_units(2)):
+    with pytest.raises(RuntimeError, match="lost"), in_units(plugin_scales(plugin, some_units(2))):
         raise RuntimeError("lost")
     assert set(dict(plugin.named_parameters())) == names
 
 
-def test_without_units_nothing_changes() -> None:
-    plugin = random_plugin(tiny_model("bert"), K)
-    before = digest(plugin)
-    with trained_in(plugin, None):
-        assert digest(plugin) == before
-
-
 def test_a_channel_that_hardly_varies_is_not_blown_up() -> None:
     values = torch.randn(200, 5, dtype=torch.float64) * torch.tensor([1.0, 2.0, 1e-9, 0.0, 3.0])
-    found = spread(values.square().sum(0), values.sum(0), torch.tensor(200.0))
+    found = weighted_spread(values, torch.ones(200, 1))
+    torch.testing.assert_close(found, spread(values.square().sum(0), values.sum(0), torch.tensor(200.0)))
     expected = values.std(0, correction=0)
     torch.testing.assert_close(found[[0, 1, 4]], expected[[0, 1, 4]])
     torch.testing.assert_close(found[2:4], (1e-3 * expected.median()).expand(2))
+
+
+def test_a_weight_of_three_is_three_samples() -> None:
+    values, weights = torch.randn(50, 4, dtype=torch.float64), torch.randint(1, 4, (50, 1)).double()
+    repeated = values.repeat_interleave(weights.squeeze(1).long(), dim=0)
+    torch.testing.assert_close(weighted_spread(values, weights), repeated.std(0, correction=0))
