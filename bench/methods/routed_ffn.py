@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bench.backbones.encoder import AroundFFN, Seen, Tokens
 from bench.methods.token_routing import PARTS
 from bench.plugins.fit import linear_bottleneck, ridge, scaled_bottleneck, visit_inputs
-from bench.plugins.units import Scale, Stream, streams, weighted_spread
+from bench.plugins.units import Scale, Stream, scaled, streams, weighted_spread
 
 _SOFTNESS = 0.1
 """Weight of the entropy in `soft_top_k`, in units of the scores."""
@@ -152,7 +152,7 @@ def _fit_layer(layer: RoutedFFN, seen: list[_Seen]) -> list[Scale]:
     unit = None
     if weights is not None:
         missed, unit = missed * weights.sqrt(), weighted_spread(u.double(), weights)
-        x = torch.cat((x[:, :-1] / unit, x[:, -1:]), dim=1)
+        x = torch.cat((scaled(u.double(), unit), x[:, -1:]), dim=1)
     missed = missed.clamp_min(1e-12).log()
     solution = ridge(x.T @ x, x.T @ missed)
     spread = (x @ solution).std().clamp_min(1e-12)

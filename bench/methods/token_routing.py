@@ -119,7 +119,7 @@ class TokenRouting(TrainedMethod):
         from bench.backbones.write_out import write_out
         from bench.measure.size import count_parameters
         from bench.methods.routed_ffn import RoutedFFN, fit_routing
-        from bench.plugins.units import in_units
+        from bench.training.distill import trained_in
         from bench.training.stage import model_inputs
         from bench.training.student import changed, get_student
 
@@ -139,7 +139,7 @@ class TokenRouting(TrainedMethod):
             inputs = (model_inputs(batches(step)) for step in range(needed))
             scales = fit_routing(student, inputs, ctx.progress.advance)
             if ctx.config.steps:
-                with in_units(scales):
+                with trained_in(scales):
                     own = list(changed(student, teacher.model).values())
                     stages.append(self.distill(self.name, student, own, teacher.model, batches, ctx, checkpoint))
             return student, {"stages": stages}

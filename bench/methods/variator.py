@@ -181,13 +181,16 @@ class Variator(Method):
         if self.learns and self.adapt:
             return self.uses
         # the fit is on batches of the task where nothing was pre-trained
-        fitted = self.decompression == "adapter" and self.init == "fit" and not self.pretrain_steps
-        return frozenset({"ratio", "batch_size"} if fitted else {"ratio"})
+        return frozenset({"ratio", "batch_size"} if self._fitted and not self.pretrain_steps else {"ratio"})
+
+    @property
+    def _fitted(self) -> bool:
+        """Whether a parameter starts from the closed-form fit; scores do on T5."""
+        return self.init == "fit" and (self.decompression == "adapter" or self.compression == "attention")
 
     def version_on(self, family: str) -> int:
         """Return 2 on T5 where something starts from the fit, which has weighed errors by the stream since."""
-        fitted = self.init == "fit" and (self.decompression == "adapter" or self.compression == "attention")
-        return 2 if fitted and family == "t5" else self.version
+        return 2 if self._fitted and family == "t5" else self.version
 
     def identity(self, data_root: Path | None) -> dict[str, Any]:
         """Leave out the settings of what is left out; name the corpus by its content."""

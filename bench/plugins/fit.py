@@ -24,7 +24,7 @@ from bench.backbones.model import share_weights
 from bench.plugins.bank import CompressedFFN, PluginBank
 from bench.plugins.layers import CompressionPair
 from bench.plugins.plugin import Plugin
-from bench.plugins.units import Stream, Units, spread, streams, weighted_spread
+from bench.plugins.units import Stream, Units, scaled, spread, streams, varying, weighted_spread
 
 _RIDGE = 1e-3
 _LINEAR_RANGE = 0.3
@@ -145,7 +145,7 @@ def _fit_scores(
     visit_inputs(layer, student, inputs, gather)
     u, logs = torch.cat(seen), torch.cat(counts).log().unsqueeze(1)
     unit = weighted_spread(u, torch.ones_like(logs))
-    x = torch.cat((u / unit, torch.ones_like(logs)), dim=1)
+    x = torch.cat((scaled(u, unit), torch.ones_like(logs)), dim=1)
     weight = ridge(x.T @ x, x.T @ logs)[:-1, 0] / unit
     # the same weights in every place of the group, each reading its own vector
     pair.score.weight.copy_(torch.block_diag(*[weight.unsqueeze(0)] * pair.k))
@@ -259,7 +259,8 @@ def scaled_bottleneck(gram: Tensor, cross: Tensor, squares: Tensor, rank: int) -
     """
     total = gram[-1, -1]
     x_unit, y_unit = spread(gram.diagonal()[:-1], gram[-1, :-1], total), spread(squares, cross[-1], total)
-    scale = torch.cat((1 / x_unit, torch.ones_like(x_unit[:1]))).unsqueeze(1)
+    scale = torch.where(varying(gram[-1, :-1], total, x_unit), 1 / x_unit, 0)
+    scale = torch.cat((scale, torch.ones_like(scale[:1]))).unsqueeze(1)
     w1, b1, w2, b2 = linear_bottleneck(scale * gram * scale.T, scale * cross / y_unit, rank)
     return w1 / x_unit, b1, w2 * y_unit.unsqueeze(1), b2 * y_unit
 

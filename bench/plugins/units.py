@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -22,7 +23,10 @@ from bench.plugins.layers import CompressionPair
 from bench.plugins.plugin import Plugin
 
 _LEAST = 1e-3
-"""Smallest unit, as a share of the median one: a channel that hardly varies is not blown up."""
+"""Smallest unit, as a share of the size of a typical channel: one that hardly varies is not blown up."""
+
+_MOST = 100
+"""Largest mean of a channel, in its units, with which it says anything that a constant does not."""
 
 
 class Stream:
@@ -87,9 +91,21 @@ def weighted_spread(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def spread(squares: Tensor, sums: Tensor, total: Tensor) -> Tensor:
-    """Return the standard deviation of each channel from its weighted sums, none far below the median."""
+    """Return the standard deviation of each channel from its weighted sums, none far below the median size."""
     std = (squares / total - (sums / total).square()).clamp_min(0).sqrt()
-    return std.clamp_min((_LEAST * std.median()).clamp_min(1e-12))
+    sizes = (squares / total).sqrt()
+    typical = sizes.median() if sizes.median() > 0 else sizes.max()
+    return std.clamp_min(_LEAST * typical if typical > 0 else 1.0)
+
+
+def varying(sums: Tensor, total: Tensor, units: Tensor) -> Tensor:
+    """Return which channels vary about their mean: a nearly constant one, in its units, would rule any ridge."""
+    return (sums / total).abs() < _MOST * units
+
+
+def scaled(values: Tensor, units: Tensor) -> Tensor:
+    """Return values (samples, d) in units, and zeros for channels that are nearly constant."""
+    return torch.where(varying(values.sum(0), values.new_tensor(len(values)), units), values / units, 0)
 
 
 class _Scaled(nn.Module):

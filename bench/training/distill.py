@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from bench.backbones.model import TaskModel, share_weights
 from bench.context import RunContext
 from bench.plugins.bank import PluginBank
 from bench.plugins.plugin import Plugin
-from bench.plugins.units import Units, in_units, plugin_scales
+from bench.plugins.units import Scale, Units, in_units, plugin_scales
 from bench.tasks.spec import Kind
+from bench.training import parallel
 from bench.training.loop import Schedule, Trained
 from bench.training.losses import distillation_losses
 from bench.training.mix import HIDDEN_PARTS, PARTS, parse_mix
@@ -29,6 +31,16 @@ def attach_for_good(model: TaskModel, plugin: Plugin) -> TaskModel:
     bank.attach(student)
     bank.select(plugin.config.k)
     return student
+
+
+@contextmanager
+def trained_in(scales: Sequence[Scale]) -> Iterator[None]:
+    """Let parameters be in their units for the length of a ``with`` block, in the same ones in every process."""
+    scales = [(module, name, unit.to(getattr(module, name))) for module, name, unit in scales]
+    if scales and (ranks := parallel.current()):
+        ranks.start_alike([unit for _, _, unit in scales])
+    with in_units(scales):
+        yield
 
 
 def distill(
@@ -127,7 +139,7 @@ def distill_plugin(
     """
     student = attach_for_good(model, plugin)
     plugin.requires_grad_(True)
-    with in_units(plugin_scales(plugin, units) if units else ()):
+    with trained_in(plugin_scales(plugin, units) if units else []):
         stage = distill(
             name,
             student,

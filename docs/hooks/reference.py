@@ -13,6 +13,7 @@ import click
 from pydantic import TypeAdapter
 
 import analysis.__main__
+from bench.backbones.spec import FAMILIES
 from bench.cli import main
 from bench.cli.keys import KeyOption
 from bench.config import RECIPES, RunConfig
@@ -232,11 +233,11 @@ def _method(name: str, cls: type[Method]) -> str:
     facts += [f"Trains: {cls.trains}."]
     facts += [f"Source: {cls.paper}."] if cls.paper.strip("-") else []
     reads = ", ".join(f"`{key}`" for key in ("ratio", "steps", "batch_size") if key in cls.uses)
-    facts += [
-        f"Version {cls.version}; reads {reads} of the run's budget."
-        if reads
-        else f"Version {cls.version}; reads nothing of the run's budget."
-    ]
+    newer = {
+        family: found for family in sorted(set(FAMILIES.values())) if (found := cls().version_on(family)) != cls.version
+    }
+    on = f" ({', '.join(f'{found} on {family}' for family, found in newer.items())})" if newer else ""
+    facts += [f"Version {cls.version}{on}; reads {reads or 'nothing'} of the run's budget."]
     own = table(("option", "values", "default", "meaning", "in the identity"), rows) if rows else "It has no options."
     return f"## {name}\n\n{' '.join(facts)}\n\n{own}"
 

@@ -320,6 +320,16 @@ ADAPTATION = {"steps": 7, "lr": 0.5, "decay": "constant", "losses": "logits=1", 
         ),
         ({"adapt": False, "pretrain_steps": 0, "init": "released"}, {**ADAPTATION, "batch_size": 3}, {"bottleneck": 3}),
         (
+            {"adapt": False, "pretrain_steps": 0, "decompression": "copy"},  # its scores are fitted on T5
+            {**ADAPTATION, "bottleneck": 3},
+            {"batch_size": 3, "init": "released"},
+        ),
+        (
+            {"adapt": False, "pretrain_steps": 0, "decompression": "copy", "compression": "conv"},
+            {**ADAPTATION, "batch_size": 3, "init": "released"},
+            {"seed": 1},
+        ),
+        (
             PARAMETER_FREE,
             {**ADAPTATION, "batch_size": 3, "bottleneck": 3, "init": "released", "adapt": False, "warmup": 0.2,
              "weight_decay": 0.3, "clip": 3.0, "pretrain_steps": 9, "pretrain_lr": 0.1},

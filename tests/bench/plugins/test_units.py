@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.plugins.fit import scaled_bottleneck
 from bench.plugins.plugin import Plugin
-from bench.plugins.units import Units, in_units, plugin_scales, spread, weighted_spread
+from bench.plugins.units import Units, in_units, plugin_scales, scaled, spread, weighted_spread
 from tests.checkpoints import encode_hidden, random_plugin, tiny_model, tokens
 
 D, K = 32, 2
@@ -76,7 +77,28 @@ def test_a_channel_that_hardly_varies_is_not_blown_up() -> None:
     torch.testing.assert_close(found, spread(values.square().sum(0), values.sum(0), torch.tensor(200.0)))
     expected = values.std(0, correction=0)
     torch.testing.assert_close(found[[0, 1, 4]], expected[[0, 1, 4]])
-    torch.testing.assert_close(found[2:4], (1e-3 * expected.median()).expand(2))
+    torch.testing.assert_close(found[2:4], (1e-3 * values.square().mean(0).sqrt().median()).expand(2))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1e5])
+def test_no_unit_is_next_to_nothing_where_nothing_varies(size: float) -> None:
+    values = torch.full((9, 4), size, dtype=torch.float64) * torch.tensor([0.0, 0.0, 0.0, 1.0])
+    assert (weighted_spread(values, torch.ones(9, 1)) >= (0.999e-3 * size or 1.0)).all()
+
+
+@pytest.mark.parametrize("mean", [1.0, 50.0, 1e4])
+def test_a_nearly_constant_channel_does_not_rule_a_ridge(mean: float) -> None:
+    """What the others say in full stays said."""
+    torch.manual_seed(0)
+    x = torch.randn(4000, 12, dtype=torch.float64)
+    y = x[:, 1:] @ torch.randn(11, 3, dtype=torch.float64)
+    x[:, 0] = mean + 1e-4 * x[:, 0]
+    x = torch.cat((x, torch.ones_like(x[:, :1])), dim=1)
+    w1, b1, w2, b2 = scaled_bottleneck(x.T @ x, x.T @ y, y.square().sum(0), 3)
+    left = y - ((x[:, :-1] @ w1.T + b1) @ w2.T + b2)
+    assert left.var() < 1e-4 * y.var()
+    plain = scaled(x[:, :-1], weighted_spread(x[:, :-1], torch.ones(4000, 1)))
+    assert plain[:, 1:].std(0).sub(1).abs().max() < 1e-3 and plain.abs().max() < 200
 
 
 def test_a_weight_of_three_is_three_samples() -> None:
