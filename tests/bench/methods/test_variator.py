@@ -22,6 +22,7 @@ from bench.measure.closed_form import PluginShape, encoder, layer_macs, remainin
 from bench.methods import variator
 from bench.methods.variator import Variator
 from bench.plugins.bank import CompressedFFN
+from bench.plugins.fit import measure_units
 from bench.plugins.plugin import WEIGHTS_FILE, Plugin
 from bench.results import ResultStore
 from bench.runner import run
@@ -438,3 +439,21 @@ def test_keys_merged_too_reach_what_a_plugin_around_the_ffn_cannot() -> None:
     spec = spec_of("minilm-l6")
     floor = min(remaining(spec, k, {128: 1}) for k in range(2, 65))
     assert Variator(attention_k=4).setting(spec, 4, {128: 1}).remaining < floor
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_first_step_on_t5_is_one_unit_of_each_channel(family: Any, tmp_path: Path) -> None:
+    """The first step of AdamW is the learning rate for every entry; on BERT it is that itself."""
+    world, lr = World(tmp_path, family), 1e-3
+    values = {"lr": lr, "warmup": 0.0, "precision": "fp32", "weight_decay": 0.0}
+    start, _ = compress(world.context(steps=0, **values))
+    ctx = world.context(steps=1, **values)
+    moved, teacher = compress(ctx)
+    batches = FeatureBatches(ctx.features["train"], ctx.config.batch_size, ctx.tokenizer.pad_token_id, 0, ctx.device)
+    plugin = Plugin.from_pretrained(ctx.cache.root / ctx.cache.key("plugin", world.context(steps=0, **values).identity))
+    units = measure_units(plugin, teacher.model, variator._fit_inputs(batches))
+    assert (units is None) == (family == "bert")
+    layers = [[m.pair(2) for m in model.modules() if isinstance(m, CompressedFFN)] for model in (start, moved)]
+    for index, (before, after) in enumerate(zip(*layers, strict=True)):
+        step = (after.w2.bias - before.w2.bias).abs() / lr
+        torch.testing.assert_close(step, torch.ones(32) if units is None else units[index].z, rtol=0.05, atol=1e-3)
