@@ -345,3 +345,24 @@ def test_it_runs_on_other_kinds_of_task(kind: str, family: Family, tmp_path: Pat
     if kind == "qa" and family == "t5":
         assert student.generate(tokens(2, 6), max_new_tokens=3).shape[0] == 2
     assert copy.deepcopy(student)(tokens(2, 6)).logits.isfinite().all() if family == "bert" else True
+
+
+def test_a_first_step_on_t5_is_one_unit_of_each_channel(world: World) -> None:
+    """The first step of AdamW is the learning rate for every entry; on BERT it is that itself."""
+    lr = 1e-3
+    values = {"lr": lr, "warmup": 0.0, "precision": "fp32", "weight_decay": 0.0}
+    ctx = world.context(steps=0, **values)
+    start, teacher = compress(ctx)
+    moved, _ = compress(world.context(steps=1, **values))
+    again = write_out(teacher.model)
+    for layer, built in zip(written_encoder(again).layers, routed(start), strict=True):
+        layer.ffn = RoutedFFN(layer.ffn, 32, built.down.out_features, built.parts)  # type: ignore[assignment]
+    batches = FeatureBatches(ctx.features["train"], ctx.config.batch_size, ctx.tokenizer.pad_token_id, 0, ctx.device)
+    needed = round(token_routing.FIT_TOKENS / (batches.mean_length * batches.batch_size))
+    scales = fit_routing(again.eval(), [model_inputs(batches(step)) for step in range(needed)])
+    units = [unit for _, name, unit in scales if name == "bias"]
+    assert len(units) == (len(routed(start)) if ctx.spec.family == "t5" else 0)
+    for index, (before, after) in enumerate(zip(routed(start), routed(moved), strict=True)):
+        step = (after.up.bias - before.up.bias).abs() / lr
+        expected = units[index].float() if units else torch.ones(32)
+        torch.testing.assert_close(step, expected, rtol=0.05, atol=1e-3)
