@@ -278,7 +278,8 @@ def test_padding_changes_no_answer(world: World) -> None:
 def test_the_start_is_a_regression_of_what_is_missing(world: World) -> None:
     """With a bottleneck as wide as the stream no rank is cut, so that plain least squares is the reference."""
     ctx = world.context()
-    teacher = get_teacher(ctx).model
+    with torch.enable_grad():  # it is trained here where no other test came before
+        teacher = get_teacher(ctx).model
     student = write_out(teacher)
     torch.manual_seed(0)
     for layer in written_encoder(student).layers:
@@ -317,6 +318,10 @@ def test_the_start_is_a_regression_of_what_is_missing(world: World) -> None:
         missed = np.linalg.norm(dense - x @ np.linalg.lstsq(x, dense, rcond=None)[0], axis=1).reshape(scores.shape)
         chosen = np.take_along_axis(missed, np.argsort(-scores.numpy(), axis=1)[:, :rows], 1)
         assert chosen.mean() > missed.mean()
+        # as far as a linear map of the vector tells
+        plain = x / root
+        predicted = plain @ np.linalg.lstsq(plain, np.log(missed).reshape(-1), rcond=None)[0]
+        assert np.corrcoef(predicted, scores.flatten().numpy())[0, 1] > 0.9
 
 
 def test_an_adapter_wider_than_the_stream_keeps_units_that_can_learn(world: World) -> None:
