@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from bench import costing
+from bench.artifacts import META_FILE
 from bench.backbones.catalogue import spec_of
 from bench.backbones.sites import digest
 from bench.cell import Surroundings
@@ -182,6 +184,8 @@ def test_pre_training_is_shared_by_tasks_and_adaptations(world: World) -> None:
     compress(second)
     assert [(s.name, s.cached) for s in second.stages[1:]] == [("pretrain", True), ("adapt", False)]
     assert first.stages[1].artifact == second.stages[1].artifact
+    made = json.loads((first.cache.root / first.stages[1].artifact / META_FILE).read_text("utf-8"))["identity"]
+    assert made["method"] == f"variator@{2 if first.spec.family == 't5' else 1}"  # the start's version is the plugin's
     third = world.context(cache="pre", **world.pretraining(pretrain_lr=5e-3))
     compress(third)
     assert not third.stages[1].cached and third.stages[1].artifact != first.stages[1].artifact

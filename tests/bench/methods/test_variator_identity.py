@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from bench.cell import Cell, Surroundings
 from bench.config import RunConfig, run_id
+from tests.checkpoints import quick_config, task_file, tiny_checkpoint
 
 ROOT = Path(__file__).parents[3]
 PARAMETER_FREE: dict[str, Any] = {"compression": "mean", "decompression": "copy"}
@@ -95,3 +97,10 @@ def test_a_start_that_changed_on_t5_renames_its_runs_alone(options: dict[str, An
     config = RunConfig.build({"method": "variator", "ratio": 4, **options})
     methods = [config.identity("data", "model", family=family)["method"] for family in ("bert", "t5")]
     assert methods == ["variator@1", f"variator@{version}"]
+
+
+@pytest.mark.parametrize(("family", "version"), [("bert", 1), ("t5", 2)])
+def test_a_cell_knows_its_family(tmp_path: Path, family: Any, version: int) -> None:
+    task, backbone = task_file(tmp_path / "task"), tiny_checkpoint(tmp_path / "tiny", family)
+    config = quick_config(task, backbone, method="variator", ratio=2)
+    assert Cell.resolve(config, Surroundings(cache_dir=tmp_path / "cache")).identity["method"] == f"variator@{version}"
